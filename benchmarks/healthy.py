@@ -65,7 +65,9 @@ def curves(out: Path, num_prototypes: int) -> dict[str, np.ndarray]:
     lines = lines_of(out / "metrics.jsonl")
     last = lines[-1]["step"]
     found = {name: np.full((2, PARTS), np.nan) for name in SIGNALS}
-    for line in lines[1:]:  # the first says nothing: no weight has moved yet
+    for line in lines:
+        if line["step"] == 1:  # at a rate of 0
+            continue
         signals = read_signals(line, num_prototypes)
         part = min(PARTS - 1, PARTS * (line["step"] - 1) // last)
         for name, ends in found.items():
@@ -91,8 +93,8 @@ def main() -> None:
                 all_curves.append(curves(out, load_config(out / "config.yaml").head.prototypes))
     bands = {
         name: [
-            np.round(np.nanmin([each[name][0] for each in all_curves], axis=0), 5).tolist(),
-            np.round(np.nanmax([each[name][1] for each in all_curves], axis=0), 5).tolist(),
+            [float(f"{value:.4g}") for value in ends([each[name][row] for each in all_curves], axis=0)]
+            for row, ends in enumerate((np.nanmin, np.nanmax))
         ]
         for name in SIGNALS
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, Segmented
-from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, denoised, released, with_registers
+from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, capi, denoised, released, with_registers
 from dinoreg.evaluation.readers.files import lines, missing, segmented
 from dinoreg.runtime.errors import UserError
 
@@ -68,9 +68,7 @@ PUBLISHED = (
     *at_test_time((48.27, 49.07, 49.13, 40.14), f"{DVT}; "),
 )
 
-NEIGHBOURS = "k and memory of its own code"
-DATA = (("Places205", 35.2), ("LVD-142M", 32.1), ("ImageNet-22k", 29.7), ("ImageNet-1k", 29.2))
-KNN = tuple(Published(f"CAPI ViT-L/14 ({data})", value, "CAPI's README", NEIGHBOURS) for data, value in DATA)
+KNN = capi((35.2, 32.1, 29.7, 29.2), "neighbours and memory of its own code")
 COUNTS = {"train": 20_210, "test": 2_000}
 
 BENCHMARK = Benchmark(

@@ -66,7 +66,6 @@ BENCHMARK = Benchmark(
     folders=("fgvc-aircraft-2013b", "fgvc-aircraft", "aircraft"),
     layouts=(needs(ARCHIVE, *(f"data/{path}" for path in FILES)), needs(ARCHIVE, *FILES)),
     tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
-    download=ARCHIVE,
     licence="non-commercial research only",
     options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},
     aliases=("fgvc-aircraft", "fgvc_aircraft"),

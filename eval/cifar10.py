@@ -26,7 +26,6 @@ BENCHMARK = Benchmark(
     folders=("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar-10", "cifar10"),
     layouts=(needs(ARCHIVE, *TRAIN, *TEST, META),),
     tasks=classification_tasks(READ, "top-1", COUNTS, PUBLISHED, validation_images=5_000),
-    download=ARCHIVE,
     licence="no licence text found",
     aliases=("cifar-10",),
 )

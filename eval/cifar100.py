@@ -23,7 +23,6 @@ BENCHMARK = Benchmark(
     folders=("cifar-100-python", "cifar100/cifar-100-python", "cifar-100", "cifar100"),
     layouts=(needs(ARCHIVE, "train", "test", "meta"),),
     tasks=classification_tasks(READ, "top-1", COUNTS, PUBLISHED, validation_images=5_067),
-    download=ARCHIVE,
     licence="no licence text found",
     aliases=("cifar-100",),
 )

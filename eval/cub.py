@@ -56,7 +56,6 @@ BENCHMARK = Benchmark(
     folders=("CUB_200_2011", "cub", "cub200"),
     layouts=(needs(ARCHIVE, "images", IMAGES, LABELS, SPLIT, CLASSES),),
     tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
-    download=ARCHIVE,
     licence="image copyrights vary; no licence text found",
     aliases=("cub200", "cub-200-2011", "cub_200_2011"),
 )

@@ -44,7 +44,6 @@ BENCHMARK = Benchmark(
     folders=("dtd/dtd", "dtd", "dtd-r1.0.1/dtd"),
     layouts=(needs(ARCHIVE, "images", *(f"labels/{split}1.txt" for split in SPLITS)),),
     tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
-    download=ARCHIVE,
     licence="research use; no licence text found",
     options={"split": option(1, "which of the ten official splits", low=1, high=10)},
     aliases=("textures",),

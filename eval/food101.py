@@ -50,7 +50,6 @@ BENCHMARK = Benchmark(
     folders=("food-101", "food101", "Food-101"),
     layouts=tuple(needs(ARCHIVE, "images", f"meta/train.{kind}", f"meta/test.{kind}") for kind in ("json", "txt")),
     tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=7_575),
-    download=ARCHIVE,
     licence="research use; photographs from Foodspotting; no licence text found",
     aliases=("food-101", "food"),
 )

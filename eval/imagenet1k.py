@@ -160,6 +160,7 @@ KNN = (
     *published.released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
     *published.released((79.1, 82.0, 83.8, 83.7), published.CARD, ANY_K, registers=4),
 )
+ATTENTION = published.capi((79.2, 83.8, 83.6, 82.9), "its own head and settings")
 
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("extra",))
 BENCHMARK = Benchmark(
@@ -169,7 +170,7 @@ BENCHMARK = Benchmark(
     splits="1,281,167 / 50,000 (the published validation set)",
     folders=("imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "in1k"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=linear_tasks(read, {"train": 1_281_167, "test": 50_000}, LINEAR, KNN),
+    tasks=linear_tasks(read, {"train": 1_281_167, "test": 50_000}, LINEAR, KNN, ATTENTION),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
     licence="account and terms of access: non-commercial research",
     options={"extra": option("", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one")},

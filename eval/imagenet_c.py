@@ -47,10 +47,8 @@ def corrupted(data: Data, folders: list[str]) -> Data:
 
 
 PUBLISHED = tuple(replace(each, metric="mCE") for each in table_6((54.4, 42.7, 31.5, 28.2)))
-ARCHIVE, LAYOUTS = (
-    "noise.tar, blur.tar, weather.tar and digital.tar",
-    (tuple(ALEXNET), ("noise", "blur", "weather", "digital")),
-)
+ARCHIVE = "noise.tar, blur.tar, weather.tar and digital.tar"
+LAYOUTS = (tuple(ALEXNET), ("noise", "blur", "weather", "digital"))
 BENCHMARK = imagenet_set(NAME, "ImageNet-C", 3_750_000, ARCHIVE, PUBLISHED, layouts=LAYOUTS, finish=corrupted)
 
 if __name__ == "__main__":

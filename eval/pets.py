@@ -53,7 +53,6 @@ BENCHMARK = Benchmark(
     tasks=classification_tasks(
         read, "mean per class", COUNTS, PUBLISHED, validation_images=740, knn_metric="mean per class"
     ),
-    download="images.tar.gz and annotations.tar.gz",
     licence="CC BY-SA 4.0 as commonly stated; unverified",
     aliases=("oxford-iiit-pet", "oxford-iiit-pets", "pet"),
 )

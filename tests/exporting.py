@@ -27,6 +27,9 @@ READERS = {
 }
 
 
+ROPE: dict[str, Any] = {"rope_base": 100.0, "key_bias": False, "norm_eps": 1e-5}
+
+
 def vit(seed: int = 0, **options: Any) -> RegisterViT:
     """A small encoder whose positions, registers and LayerScale all matter to its output."""
     torch.manual_seed(seed)
@@ -41,6 +44,8 @@ def vit(seed: int = 0, **options: Any) -> RegisterViT:
                 parameter.normal_(std=0.5)
             elif "gamma" in name or "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+        for block in model.blocks if not model.key_bias else ():
+            block.attn.qkv.bias.chunk(3)[1].zero_()
     return model.eval()
 
 

@@ -169,8 +169,8 @@ def test_the_command_line_computes_with_the_network_that_is_meant_and_says_which
     assert torch.equal(*rows)
 
 
-@pytest.mark.parametrize("names", [("storage_tokens", "rope_embed.periods"), ("reg_token", "blocks.0.gamma_1")])
-def test_rotary_positions_are_refused_in_words(
+@pytest.mark.parametrize("names", [("rope.freqs",), ("blocks.0.gamma_1",)])
+def test_rotary_positions_that_are_not_dinov3s_are_refused_in_words(
     names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = {key: value for key, value in THIS.items() if key != "pos_embed"}

@@ -192,6 +192,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("scaling", {"variants"}),
         ("stages", {"rows"}),
         ("healthy", {"rows", "bands"}),
+        ("rope", {"rows"}),
         ("memory", {"vits14_reg4"}),
         ("startup", {"seconds", "cpu"}),
         ("kills", {"one process", "two, ddp", "two, fsdp"}),

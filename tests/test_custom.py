@@ -450,7 +450,8 @@ def test_the_benchmark_is_named_by_the_data_and_keeps_the_options_that_were_give
     assert benchmark.splits == "6 / 6"
     values = benchmark.option_values({})
     assert (values["seed"], values["test_share"]) == (3, 0.5)
-    assert [task.protocol for task in benchmark.tasks] == ["logistic", "linear", "knn", "few_shot"]
+    assert [task.protocol for task in benchmark.tasks] == ["logistic", "linear", "knn", "few_shot", "attention"]
+    assert [task.asked for task in benchmark.tasks] == [False] * 4 + [True]
     assert {task.read for task in benchmark.tasks} == {benchmark.tasks[0].read}
     assert {task.protocol for task in benchmark.tasks} <= set(PROTOCOLS)
     assert benchmark.tasks[1].options["augment"] is False

@@ -260,6 +260,28 @@ def test_a_torn_note_begins_anew(note: str, run: Path, tmp_path: Path, monkeypat
     np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
 
 
+@pytest.mark.parametrize("damage", ["a bit", "a note that goes too far"])
+def test_rows_that_are_not_as_they_were_written_are_computed_anew(
+    damage: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, part = tmp_path / "f.safetensors", tmp_path / "f.safetensors.part"
+    with monkeypatch.context() as patch:
+        patch.setattr("dinoreg.export.feature_file.NOTE_SECONDS", 0.0)
+        stop_after(patch, 2, Stop())
+        with pytest.raises(Stop):
+            embed_command(options(run, out))
+    if damage == "a bit":
+        rows = bytearray((part / "rows.bin").read_bytes())
+        rows[-3] ^= 1
+        (part / "rows.bin").write_bytes(rows)
+    else:
+        note = json.loads((part / "note.json").read_text())
+        (part / "note.json").write_text(json.dumps({**note, "next": note["next"] + 1}))
+    embed_command(options(run, out))
+    assert "not as it was written" in capsys.readouterr().err
+    np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
+
+
 def test_somebody_elses_folder_is_not_deleted(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "f.safetensors.part"
     other.mkdir()

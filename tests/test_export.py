@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ from dinoreg.export.certificate import summary
 from dinoreg.export.run import read_certificate
 from dinoreg.export.source import read_source
 from dinoreg.runtime.errors import RunError, UserError
-from tests.exporting import ask_stranger, assert_same_tokens, card_code, images, vit, write_run
+from tests.exporting import ROPE, ask_stranger, assert_same_tokens, card_code, images, vit, write_run
 from tests.warm_interpreter import WarmInterpreter
 
+GATED = {"ffn": "swiglu", "ffn_ratio": 6.0, "layerscale": None, "rope_base": 30.0}
 PEERS = (
     "torch",
     "safetensors.torch",
     "timm",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit",
 )
 
 
@@ -69,13 +72,13 @@ def peers(interpreter: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> Warm
 # What strangers read
 
 
-@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("options", [{}, {"ffn": "swiglu", "num_registers": 8}, ROPE, {**ROPE, **GATED}])
 @pytest.mark.parametrize("format", ["timm", "transformers"])
 @pytest.mark.slow
 def test_a_stranger_reads_what_the_source_computes(
-    format: str, ffn: str, tmp_path: Path, peers: WarmInterpreter
+    format: str, options: dict[str, Any], tmp_path: Path, peers: WarmInterpreter
 ) -> None:
-    model = vit(ffn=ffn, num_registers=4 if ffn == "mlp" else 8)
+    model = vit(**options)
     run = write_run(tmp_path / "run", model)
     out = dinoreg.export(run, format=format, out=tmp_path / "out")
     asked = cases(model, (40, 40), (24, 64), (72, 72))
@@ -88,9 +91,10 @@ def test_a_stranger_reads_what_the_source_computes(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("options", [{"antialias": False, "position_offset": 0.1}, ROPE])
 @pytest.mark.parametrize("format", ["meta", "safetensors"])
-def test_the_light_formats_are_read_too(format: str, tmp_path: Path) -> None:
-    model = vit(image_size=(32, 40), antialias=False, position_offset=0.1, layerscale=None)
+def test_the_light_formats_are_read_too(format: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = vit(image_size=(32, 40), layerscale=None, **options)
     run = write_run(tmp_path / "run", model, image_size=[32, 40])
     out = dinoreg.export(run, format, tmp_path / "out")
     asked = cases(model, (32, 40), (24, 64))

@@ -13,13 +13,14 @@ from dinoreg.export import hub_model
 from dinoreg.export.formats import hub_arguments, hub_text
 from dinoreg.export.hub_model import PlainViT
 from dinoreg.models.vit import RegisterViT
-from tests.exporting import images, vit
+from tests.exporting import ROPE, images, vit
 from tests.hostile import Payload
 
 KINDS = [
     {},
     {"num_registers": 0, "antialias": False, "position_offset": 0.1},
     {"ffn": "swiglu", "layerscale": None, "image_size": (24, 40), "in_channels": 2},
+    {**ROPE, "rope_base": 40.0, "num_registers": 2},
 ]
 
 

@@ -15,7 +15,7 @@ from dinoreg.export import onnx_graph
 from dinoreg.export.formats import hub_arguments
 from dinoreg.export.run import read_certificate
 from dinoreg.models.vit import RegisterViT
-from tests.exporting import ask_stranger, assert_same_tokens, images, vit, write_run
+from tests.exporting import ROPE, ask_stranger, assert_same_tokens, images, vit, write_run
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
@@ -57,6 +57,15 @@ def test_a_graph_of_any_size_equals_the_encoder_and_is_certified(tmp_path: Path)
     assert facts["preprocessing"]["mean"] == pytest.approx([0.1, 0.2, 0.3])
     asked = {"a": images(model, 2, 40, 40)}
     assert_same_tokens(model, asked, ask_stranger(out, "onnx", asked, tmp_path / "ask", 4), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fixed", [False, True])
+def test_rotary_positions_are_computed_in_the_graph(fixed: bool, tmp_path: Path) -> None:
+    model = vit(**ROPE, image_size=(32, 40))
+    onnx_graph.write_onnx(tmp_path, model, hub_arguments(model), fixed=fixed)
+    sizes = ((32, 40),) if fixed else ((32, 40), (64, 64), (8, 16), (136, 200))
+    assert_equal_at(model, tmp_path / "model.onnx", *((batch, *size) for batch in (1, 3) for size in sizes))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from dinoreg.commands.registry import VERBS
 from dinoreg.commands.spelling import canonical
 from dinoreg.runtime import guide
 from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.render import render
 
 QUICK = [
     *(
@@ -193,6 +194,23 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
         VERBS[name].parse(canonical(VERBS[name], arguments))
 
 
+def test_a_list_ends_with_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_the_next_command_has_the_words_of_this_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in {
+        "doctor": "next: dinoreg inspect data=FOLDER (of your own pictures)\n  or: dinoreg quickstart\n",
+        "doctor runs/a": "next: dinoreg pretrain runs/a resume=true\n",
+        "runs": "next: dinoreg report runs\n",
+        "view crops small data=scenes num=1 out=x": "next: dinoreg pretrain small data=scenes out=runs/first\n",
+    }.items():
+        assert main(arguments.split()) == 0
+        assert capsys.readouterr().err.endswith(said)
+
+
 def test_words_are_completed(here: Path) -> None:
     assert candidates(VERBS, ["pre"]) == ["pretrain"]
     assert candidates(VERBS, ["pretrain", "vits"]) == ["vits14_reg4"]
@@ -324,6 +342,31 @@ def test_a_copy_is_refused_where_it_would_spoil_something(pictures: Path, tmp_pa
     with pytest.raises(UserError, match="masks"):
         prepare(InspectOptions(str(pictures), prepare=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_from_a_clone_to_a_verdict_each_command_names_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(300):
+        scene = render(index, 40 + index % 30)
+        path = tmp_path / "my pictures" / f"class {scene.label % 3}" / f"IMG {index:04d}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(path, "JPEG")
+    given = ["git clone", "pip install", "dinoreg doctor"]
+    shorter = {"pretrain": ["steps=3"], "verdict": ["repeats=1"]}
+    while not given[-1].startswith("dinoreg verdict"):
+        _, verb, *arguments = shlex.split(given[-1])
+        assert main([verb, *arguments, *shorter.get(verb, [])]) == 0
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line.removeprefix("next: ") for line in said if line.startswith("next: ")]
+        given.append(line.partition(" (")[0].replace("FOLDER", "'my pictures'"))
+    _, verb, *arguments = shlex.split(given[-1])
+    assert main([verb, *arguments, *shorter[verb]]) == 0
+    assert [words.split()[1] for words in given] == ["clone", "install", "doctor", "inspect", "pretrain", "verdict"]
+    assert "verdict: " in (printed := capsys.readouterr().out)
+    assert Path(printed.partition("page: ")[2].splitlines()[0]).is_file()
 
 
 def test_inspect_is_a_function_too(pictures: Path) -> None:

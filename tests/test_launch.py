@@ -29,7 +29,6 @@ from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.config.load import Config, load_config
 from dinoreg.config.option import keys_of
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.attempt import Attempt, Command, Evaluations
 from dinoreg.jobs.job_type import Plan, Request, find_job, job_files
@@ -39,6 +38,7 @@ from dinoreg.jobs.records import Record, add_event, add_records, cancel_file, re
 from dinoreg.jobs.snapshot import copy_package
 from dinoreg.jobs.status import describe as status_lines
 from dinoreg.jobs.status import examine
+from dinoreg.runtime.environment import is_alive, start_time
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -928,9 +928,9 @@ def test_a_runner_that_was_killed_is_noticed() -> None:
     assert status_lines("run") == [
         "local1.0  pretrain: lost, its process is gone without an ending: the machine was restarted, or it was killed"
     ]
-    me = [os.getpid(), local.start_time(os.getpid()) or 0]
-    assert local.is_alive(me)
-    assert not local.is_alive([me[0], me[1] + 1])
+    me = os.getpid(), start_time(os.getpid())
+    assert is_alive(*me)
+    assert not is_alive(me[0], (me[1] or 0) + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------

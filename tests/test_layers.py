@@ -14,20 +14,18 @@ from dinoreg.models.layers import (
     Mlp,
     PatchEmbed,
     SwiGLU,
-    add_samples,
-    draw_orders,
-    first_of,
-    gather_samples,
     swiglu_hidden_dim,
 )
+from dinoreg.models.stochastic_depth import Kept, add_samples, draw_kept, gather_samples, token_rows
 from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def drawn(shapes: tuple[tuple[int, int], ...], rate: float) -> list[Tensor]:
+def drawn(shapes: tuple[tuple[int, int], ...], rate: float) -> Kept:
     """The kept images of each group in one branch of one block."""
-    return first_of([order[0] for order in draw_orders(shapes, 1, CPU)], rate)
+    (kept,) = draw_kept(shapes, [rate], CPU)
+    return kept
 
 
 def test_patch_embedding_equals_the_convolution_whose_weights_it_holds() -> None:
@@ -116,17 +114,21 @@ def test_block_equals_its_formula(options: dict[str, object]) -> None:
 
 def test_kept_counts_follow_the_rule() -> None:
     for images, rate, count in ((128, 0.3, 89), (5, 0.3, 3), (1, 0.9, 1), (3, 0.99, 1), (10, 0.1, 9)):
-        (kept,) = drawn(((images, 7),), rate)
+        (kept,) = drawn(((images, 7),), rate).images
         assert len(kept) == count == max(int(images * (1 - rate)), 1)
         assert len(set(kept.tolist())) == count
         assert set(kept.tolist()) <= set(range(images))
 
 
-def test_gather_and_add_equal_plain_indexing_with_the_same_gradients() -> None:
+@pytest.mark.parametrize("by_token", [False, True])  # True: as on CUDA
+@pytest.mark.parametrize("images", [(4, 5), (4, 8)])  # 2 of 4 and 3 of 5, or 4 of 8: another factor, or the same
+def test_gather_and_add_equal_plain_indexing_with_the_same_gradients(images: tuple[int, int], by_token: bool) -> None:
     torch.manual_seed(0)
-    shapes = ((4, 3), (5, 2))
-    kept = drawn(shapes, 0.4)  # 2 of 4 and 3 of 5
-    start = torch.randn(22, 6)
+    shapes = ((images[0], 3), (images[1], 2))
+    kept = drawn(shapes, 0.4)
+    if by_token:
+        kept = kept._replace(tokens=token_rows(shapes, [index[None] for index in kept.images])[0])
+    start = torch.randn(12 + 2 * images[1], 6)
     weight, gamma0 = torch.randn(6, 6), torch.randn(6)
 
     def ours(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -134,9 +136,9 @@ def test_gather_and_add_equal_plain_indexing_with_the_same_gradients() -> None:
         return add_samples(stream, (part @ weight).tanh(), gamma, shapes, kept)
 
     def literal(x: Tensor, gamma: Tensor | None) -> Tensor:
-        groups = [x[:12].unflatten(0, (4, 3)), x[12:].unflatten(0, (5, 2))]
+        groups = [x[:12].unflatten(0, (4, 3)), x[12:].unflatten(0, (images[1], 2))]
         out = []
-        for group, index in zip(groups, kept):
+        for group, index in zip(groups, kept.images):
             rows = list(group.unbind(0))
             for i in index.tolist():
                 branch = (group[i] @ weight).tanh()
@@ -154,6 +156,25 @@ def test_gather_and_add_equal_plain_indexing_with_the_same_gradients() -> None:
             (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
             results.append([out, x.grad] + ([gamma.grad] if gamma is not None else []))
         torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gathers_and_adds_the_same_samples() -> None:
+    shapes, device = ((16, 9), (64, 5)), torch.device("cuda")
+    (kept,) = draw_kept(shapes, [0.4], device)
+    assert kept.tokens is not None
+    start, weight, gamma = torch.randn(464, 64), torch.randn(64, 64), torch.randn(64)
+    results = []
+    for there in (device, CPU):
+        tensors = [tensor.to(there).requires_grad_() for tensor in (start, weight, gamma)]
+        images = [index.to(there) for index in kept.images]
+        same = Kept(images, kept.tokens if there == device else None, kept.zero.to(there))
+        part, stream = gather_samples(tensors[0], shapes, same)
+        out = add_samples(stream, (part @ tensors[1]).tanh(), tensors[2], shapes, same)
+        (out * torch.arange(out.numel(), device=there).view_as(out).cos()).sum().backward()
+        results.append([out.cpu(), *(tensor.grad.cpu() for tensor in tensors)])
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
 def test_subset_gradients_agree_with_finite_differences() -> None:

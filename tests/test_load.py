@@ -78,6 +78,7 @@ def test_a_native_name_says_size_patch_and_registers() -> None:
         "dim": 768,
         "depth": 12,
         "heads": 12,
+        "ffn_ratio": 4.0,
         "patch_size": 14,
         "num_registers": 8,
         "image_size": 224,

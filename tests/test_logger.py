@@ -39,7 +39,7 @@ def values(step: int, **others: Any) -> dict[str, Any]:
 
 def open_log(out: Path, *, step: int = 0, num_steps: int = 80, tensorboard: bool = False) -> RunLog:
     out.mkdir(exist_ok=True)
-    trackers = open_trackers(out, step, (), tensorboard, {})
+    trackers = open_trackers(out, step, {}, tensorboard)
     return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
 
 

@@ -188,9 +188,12 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew_by_a_resume(
     assert "\n" not in str(failure.value)
     monkeypatch.undo()
     assert everything_in(out) == before
-    shutil.rmtree(out / "checkpoints")
-    pretrain(tiny_config(out, resume=True, steps=1))  # nothing there to lose
-    assert "nothing to resume" in (out / "train.log").read_text()
+    shutil.rmtree(out / "checkpoints")  # to save room, say; the weights in teacher/ would be retired by a new start
+    before = everything_in(out)
+    with pytest.raises(RunError, match="its checkpoints are gone, the last was of step 2"):
+        pretrain(tiny_config(out, resume=True, steps=4))
+    assert everything_in(out) == before
+    pretrain(tiny_config(out, overwrite=True, steps=1))
 
 
 def test_weights_of_a_run_start_another_in_student_and_teacher(plain: Path, tmp_path: Path) -> None:

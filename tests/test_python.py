@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from training import TINY
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.runtime.errors import UserError
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def test_embed_returns_what_the_command_writes(suffix: str, run: Path, classes: 
     assert found.labels is not None
     assert [found.class_names[label] for label in found.labels] == [Path(name).parent.name for name in names]
     assert list(found.skipped) == [str(classes / "a" / "torn.png")]
-    assert repr(found) == "<features of 9 images, 24 numbers each, 3 classes; 1 skipped>"
+    assert repr(found) == "<features 9 x 24 of images; 3 classes, 1 skipped>"
     kept = tmp_path / f"kept{suffix}"
     again = dinoreg.embed([str(classes)], dinoreg.load(run), kept, token="cls+mean", precision="fp32")
     assert (again.features == features).all()
@@ -99,9 +102,8 @@ def test_view_returns_the_pictures_that_the_command_writes(run: Path, classes: P
     assert main(["view", "norms", str(classes), f"weights={run}", f"out={tmp_path / 'command'}"]) == 0
     found = dinoreg.view("norms", weights=run, images=classes, out=tmp_path / "function")
     assert found.page == tmp_path / "function" / "norms.html"
-    for image, path in zip(found.images, found.pictures, strict=True):
-        with Image.open(tmp_path / "command" / "norms" / path.name) as other:
-            assert np.array_equal(np.asarray(image), np.asarray(other))
+    for path in found.pictures:
+        assert path.read_bytes() == (tmp_path / "command" / "norms" / path.name).read_bytes()
     assert found.record == json.loads((tmp_path / "command" / "norms" / "view.json").read_text())
     assert repr(found) == f"<view of norms: {len(found.pictures)} pictures, {found.page}>"
     read_page(found)
@@ -136,6 +138,35 @@ def test_registers_returns_what_the_command_writes(tmp_path: Path, capsys: pytes
     read_page(found)
 
 
+NOTEBOOK = (
+    "import dinoreg\nfrom training import TINY",
+    "dinoreg.pretrain(None, **TINY, out='run')",
+    "dinoreg.plan('small', data='scenes', probe=False)",
+    "dinoreg.view('norms', weights='run', images='scenes:count=2,size=40', out='pictures')",
+)
+
+
+@pytest.mark.slow
+def test_a_notebook_has_one_bar_and_one_display_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("ipywidgets")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (HERE.parent, HERE))))
+    cells = [nbformat.v4.new_code_cell(cell) for cell in NOTEBOOK]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    _, trained, planned, viewed = book.cells
+    shown = [output.data for output in trained.outputs if output.output_type == "display_data"]
+    assert sum("application/vnd.jupyter.widget-view+json" in each for each in shown) == 1
+    assert not any("step 4/8" in str(each) for each in shown)  # what is printed where there is no bar
+    states = book.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
+    (bar,) = [state["state"]["outputs"] for state in states if state["model_name"] == "OutputModel"]
+    assert "8/8" in str(bar[-1])
+    for cell, start in ((planned, "<pre>"), (viewed, "<iframe ")):
+        (result,) = [output.data for output in cell.outputs if "data" in output]
+        assert result["text/html"].startswith(start)
+
+
 def test_packages_that_are_functions_keep_both_meanings() -> None:
     code = """
 import sys, dinoreg
@@ -159,6 +190,8 @@ def test_a_loaded_model_keeps_no_gradients_until_it_is_asked_to(weights: str, ru
     images = torch.rand(2, 3, 32, 32)
     assert not model.training
     assert not model(images).cls.requires_grad
+    with pytest.raises(UserError, match=r"Image: expected a tensor, as dinoreg.transform"):
+        model(Image.new("RGB", (32, 32)))
     model.train().requires_grad_(True)
     model(images).cls.sum().backward()
     assert model.patch_embed.proj.weight.grad is not None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from training import tiny_config
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
+from dinoreg.models import vit
+from dinoreg.models.stochastic_depth import Kept, draw_kept, token_rows
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.step import (
+    StepResult,
     backward,
     koleo_of_views,
     micro_batches,
@@ -26,11 +31,12 @@ NOW = Now(lr=1e-2, last_layer_lr=1e-2, weight_decay=0.05, momentum=0.9, teacher_
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
-def new_state(config: Config) -> TrainState:
-    state = build_state(config, *build_networks(config), CPU, FP32)
+def new_state(config: Config, device: torch.device = CPU) -> TrainState:
+    state = build_state(config, *build_networks(config), device, FP32)
     with torch.no_grad():  # a teacher of its own, and registers that matter
         for parameter in state.teacher.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+            parameter.add_(0.05 * noise.to(device))
     return state
 
 
@@ -54,7 +60,7 @@ def new_batch(num_images: int = 6, num_local: int = 2, seed: int = 0, masked: bo
     )
 
 
-def step(state: TrainState, batch: Batch, config: Config, accumulate: int = 1) -> object:
+def step(state: TrainState, batch: Batch, config: Config, accumulate: int = 1) -> StepResult:
     return train_step(
         state,
         batch,
@@ -132,6 +138,31 @@ def test_a_step_has_the_losses_and_gradients_of_the_sums_written_out() -> None:
     torch.testing.assert_close(losses["total"], sum(expected.values()).detach(), atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
     for parameter, gradient in zip(state.student.parameters(), gradients):
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_a_gpu_takes_the_cpus_step(centering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(model__drop_path=0.3, model__layerscale=0.5, loss__centering=centering)
+
+    def drawn_on_the_cpu(shapes: Any, rates: Any, device: torch.device) -> list[Kept]:
+        kept = []
+        for each in draw_kept(shapes, rates, CPU):
+            tokens = token_rows(shapes, [index[None] for index in each.images])[0].to(device)
+            images = [index.to(device) for index in each.images]
+            kept.append(Kept(images, tokens if device.type == "cuda" else None, each.zero.to(device)))
+        return kept
+
+    monkeypatch.setattr(vit, "draw_kept", drawn_on_the_cpu)
+    results = []
+    for device in (CPU, torch.device("cuda")):
+        state, batch = new_state(config, device), new_batch()
+        tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        taken = step(state, replace(batch, **tensors), config)
+        values = [*taken.losses.values(), *taken.norms.values(), *(p.grad for p in state.student.parameters())]
+        results.append([value.cpu() for value in values])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])

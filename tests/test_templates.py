@@ -41,6 +41,12 @@ def test_a_hostile_name_is_text_in_the_table_of_an_evaluation(tmp_path: Path) ->
     assert "&lt;b&gt;" in (tmp_path / "report.html").read_text()
 
 
+def test_what_a_terminal_would_obey_reaches_no_page() -> None:
+    for kind in (".html", ".md", ".txt"):
+        shown = templates._environment(kind).from_string("{{ name }}").render(name="a\x1b[2J\u202eb")
+        assert shown.replace("\\[", "[").replace("\\\\", "\\") == "a\\x1b[2J\\u202eb"
+
+
 def test_a_value_that_a_template_is_not_given_is_an_error() -> None:
     with pytest.raises(UndefinedError, match="lead"):
         render("reports/templates/evaluation.md.j2", columns=["a"], records=[])

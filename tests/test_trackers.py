@@ -56,6 +56,30 @@ def test_a_package_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest.
         check_trackers(["wandb"])
 
 
+class Unreachable:
+    """A tracker that cannot be begun."""
+
+    def __init__(self, *_: object) -> None:
+        raise ConnectionError("no route to host")
+
+
+def test_a_tracker_that_cannot_be_begun_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setitem(trackers.REMOTE, "wandb", Unreachable)
+    run = tmp_path / "run"
+    keys = {**TINY, "log.to": "[wandb]", "out": str(run), "overwrite": "true"}
+    tiny = [f"{key}={'none' if value is None else value}" for key, value in keys.items()]
+    for files in ({}, {"owner.json": '{"token": "1", "host": "h", "pid": 1}', "train.log": "kept"}):
+        for name, text in files.items():
+            run.mkdir(exist_ok=True)
+            (run / name).write_text(text)
+        assert main(["pretrain", "quickstart", *tiny]) == 2
+        assert "log.to=wandb: it cannot be begun: no route to host" in capsys.readouterr().err
+        assert {path.name: path.read_text() for path in run.glob("*")} == files
+
+
 @pytest.mark.slow
 def test_both_get_every_number_offline_and_a_resumed_run_goes_on_in_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

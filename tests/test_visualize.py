@@ -12,13 +12,14 @@ from sklearn.decomposition import PCA
 
 from dinoreg.data.loader import Batch
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
+from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
 from dinoreg.visualize.crops import crop_sheet, hide
 from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
-from dinoreg.visualize.subject import Subject, read_pictures, view_size
+from dinoreg.visualize.subject import read_pictures, view_size
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -152,7 +153,7 @@ def test_pictures_are_a_whole_multiple_of_the_training_size_when_that_is_small()
 
 
 def test_images_are_taken_from_all_over_a_source() -> None:
-    subject = Subject(NativeEncoder(tiny_model(), "tiny", {"mean": MEAN, "std": STD}))
+    subject = Opened(NativeEncoder(tiny_model(), "tiny", {"mean": MEAN, "std": STD}))
     found = read_pictures(subject, "scenes:count=100,size=16", 4, (8, 8))
     assert found.names == ("scenes:12", "scenes:37", "scenes:62", "scenes:87")
     assert found.images.shape == (4, 3, 8, 8)

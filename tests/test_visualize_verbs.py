@@ -35,7 +35,7 @@ from dinoreg.visualize.pca import (
     read_basis,
     write_basis,
 )
-from dinoreg.visualize.subject import open_images, open_subject, picture_size
+from dinoreg.visualize.subject import open_images, open_subject, picture_size, view_folder
 from dinoreg.weights.library_configs import library_of, preprocessing_of
 
 REGISTERS = (0, 1, 4, 8)
@@ -220,10 +220,10 @@ def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     subject = open_subject(str(write_run(tmp_path / "run", tiny_model())))
     assert (subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std, subject.step) == (MEAN, STD, STEP)
     assert subject.name == "run at step 7"
-    assert subject.folder == tmp_path / "run" / "view" / "0000007"
+    assert view_folder(subject) == tmp_path / "run" / "view" / "0000007"
     named = open_subject("random:vitt8_reg0", "cpu")
     assert named.encoder.preprocessing.mean == (0.485, 0.456, 0.406)
-    assert named.folder == Path("view/vitt8_reg0-random-weights")
+    assert view_folder(named) == Path("view/vitt8_reg0-random-weights")
     same = open_subject("random:vitt8_reg0", "cpu").model.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
     unknown = Preprocessing.of(None, 2, (32, 32), 8, "x")

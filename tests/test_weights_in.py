@@ -110,6 +110,14 @@ def test_a_transformers_folder_answers_as_transformers_does(tmp_path: Path, ffn:
     assert again.architecture() == loaded.model.architecture()
 
 
+def test_another_epsilon_of_the_norms_is_computed_with_and_goes_out_again(tmp_path: Path) -> None:
+    theirs = transformerss(layer_norm_eps=1e-2, image_size=56)
+    theirs.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert_equal_at_all_sizes(model, lambda images: theirs(images).last_hidden_state, [(56, 56), (28, 42)])
+    assert model.architecture()["norm_eps"] == 1e-2
+
+
 def metas_positions(positions: Tensor, grid: int, height: int, width: int) -> Tensor:
     """The published models without registers: scale factors with an offset of 0.1, no antialiasing."""
     image = positions[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
@@ -202,7 +210,7 @@ def written(tmp_path: Path, ffn: str = "mlp", registers: int = 4, **changes: Any
         ({"mlp_ratio": 10**400}, r"the tensors have a hidden width of 256"),
         ({"model_type": ["dinov2"]}, r"model_type is .*, expected dinov2 or dinov2_with_registers"),
         ({"model_type": "vit"}, r"model_type is 'vit', expected dinov2 or dinov2_with_registers"),
-        ({"layer_norm_eps": 1e-12}, r"layer_norm_eps=1e-12, the encoder has 1e-06"),
+        ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0\.0, expected a positive number"),
         ({"qkv_bias": False}, r"qkv_bias=False, the encoder has True"),
         ({"hidden_act": "relu"}, r"hidden_act='relu', the encoder has 'gelu'"),
     ],
@@ -301,7 +309,9 @@ def test_a_folder_of_timm_says_heads_rectangle_and_statistics(tmp_path: Path) ->
     with pytest.raises(UserError, match="pos_embed has 6 positions, which fit no grid of 2x4"):
         load(other)
     for number, change in enumerate(({"architecture": "resnet50"}, {"model_args": {"norm_layer": "rmsnorm"}})):
-        with pytest.raises(UserError, match=r"expected a ViT of the DINOv2 kind|'norm_layer', which the encoder"):
+        with pytest.raises(
+            UserError, match=r"expected a ViT of the DINOv2 or DINOv3 kind|'norm_layer', which the encoder"
+        ):
             load(timm_folder(tmp_path / str(number), theirs, **change))
 
 

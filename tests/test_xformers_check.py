@@ -102,4 +102,4 @@ def test_the_environment_says_what_attention_runs_on_where_there_is_a_gpu(monkey
 @pytest.mark.gpu
 def test_on_a_gpu_xformers_loads_and_runs() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert packed_attention.run_problem(torch.device("cuda", 0), dtype) is None
+        assert packed_attention.run_problem(torch.device("cuda", 0), dtype, "xformers") is None

@@ -136,7 +136,8 @@ def test_embed_sees_them(cage: Cage, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(embedding, "features", recorded)
     out = str(tmp_path / "features.safetensors")
-    embedding.embed(EmbedOptions(data=str(cage.folder), weights=str(cage.run), out=out, device="cpu", workers=0))
+    options = EmbedOptions(data=str(cage.folder), weights=str(cage.run), out=out, device="cpu", workers=0)
+    embedding.embed_command(options)
     cage.check([cage.source.name(index) for index in range(len(cage.whole))], torch.cat([x.float() for x in batches]))
 
 

@@ -28,19 +28,25 @@ def replacing(path: Path, token: str = "") -> Iterator[Path]:
     """A context that yields a temporary path to write to; at its end the file replaces `path` in one rename.
 
     token   part of the temporary name, where another process may be writing the same file
-    raises  the OSError or SafetensorError from inside, after removing the temporary file; `path` is unchanged
+    raises  an OSError that names `path`, after removing the temporary file; `path` is unchanged
     """
     aside = part_name(path, token)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a device would be replaced
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file")
+        if aside.is_symlink() or not aside.is_file():  # the one would be followed, a pipe waited for
+            aside.unlink(missing_ok=True)
         yield aside
         sync(aside)
         os.replace(aside, path)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise
+        first = cause(error)
+        if not isinstance(first, OSError):
+            raise
+        named = str(path) if first.filename in (None, str(aside)) else first.filename
+        raise OSError(first.errno or errno.EIO, reason(first), named) from error
     sync(path.parent)
 
 
@@ -54,6 +60,12 @@ def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
     """
     with replacing(path, token) as aside:
         aside.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def write_picture(path: Path, image: Any) -> None:
+    """Write a picture of Pillow as PNG to `path`, in one rename; OSError when that fails."""
+    with replacing(path) as aside:
+        image.save(aside, "PNG")
 
 
 def share(path: Path) -> None:

@@ -14,14 +14,13 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,6 +31,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime import json_files
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import STEP_NAME, read_pointer
 from dinoreg.runtime.regular_files import read_regular
 
 VERSION = 1
@@ -54,12 +54,6 @@ def step_name(step: int) -> str:
 def write_pointer(folder: Path, name: str, step: int, token: str = "") -> None:
     """Make the file `folder`/`name`, `last` or `best`, name the checkpoint of a step; OSError when that fails."""
     write_atomic(folder / name, step_name(step) + "\n", token)
-
-
-def read_pointer(folder: Path, name: str) -> str | None:
-    """The name of the checkpoint (see `step_name`) that `last` or `best` points to; None without one."""
-    target = json_files.read_text(folder / name)[:100].strip()
-    return target if target.startswith("step_") and target[5:].isdigit() else None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -202,6 +196,11 @@ def remove_unfinished(folder: Path, token: str = "") -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _of_steps(names: Iterable[str]) -> list[str]:
+    """Those that are a checkpoint's, in order; what somebody has named otherwise, to keep it, is none."""
+    return sorted(filter(STEP_NAME.fullmatch, names), key=lambda name: (len(name), name))
+
+
 def _discard(path: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that a kill never leaves a part of it under its name."""
     aside = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}.discarded")
@@ -214,7 +213,7 @@ def _discard(path: Path) -> None:
 
 def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
     """Remove checkpoints except the newest `keep` (> 0), the best, and one per `keep_hours` hours (None: no more)."""
-    paths = sorted(folder.glob("step_*"))
+    paths = [folder / name for name in _of_steps(os.listdir(folder))]
     spared = {path.name for path in paths[-keep:]} | {read_pointer(folder, "best")}
     if keep_hours is not None:
         last: float | None = None
@@ -275,7 +274,7 @@ def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     damaged = []
     with ranks.collective_errors():
         try:
-            names = sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+            names = _of_steps(os.listdir(folder))[::-1]
         except FileNotFoundError:
             names = []
         except OSError as error:
@@ -297,6 +296,7 @@ def load(
     *,
     verified: bool = False,
     ranks: Ranks = ALONE,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
@@ -304,6 +304,7 @@ def load(
 
     numbers   by name, values of the types that those in the checkpoint must have
     verified  `newest` has just checked the files: digests are not computed again
+    optional  names that are taken out of `tensors` where the checkpoint has nothing of theirs
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
     loaded = verify(path, ranks, digests=not verified)
@@ -313,6 +314,9 @@ def load(
                 raise RunError(f"checkpoint {path}: unreadable ({NUMBERS} has no {type(value).__name__} {name})")
         reader = Reader(path)
         stored = reader.stored()
+        for name in optional:
+            if not any(key.startswith(f"{name}.") for key in stored):
+                tensors.pop(name, None)
         for name, tensor in flatten(tensors).items():
             if name not in stored:
                 raise UserError(f"checkpoint {path}: has no {name}; it belongs to another architecture")
@@ -383,7 +387,7 @@ def write_teacher(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(path, teacher, {"step": step, **description}, token)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"teacher file {path} could not be written: {reason(error)}") from error
     return path
 
@@ -391,7 +395,7 @@ def write_teacher(
 def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], token: str = "") -> None:
     """Write tensors as float32 to a safetensors file, and `description` with the file's digest to the JSON beside it.
 
-    raises  OSError or SafetensorError
+    raises  OSError
     """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
@@ -406,5 +410,5 @@ def retire_teachers(run: Path) -> None:
     """Remove the teacher files whose checkpoints have been removed, except that of the best."""
     steps = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
     for path in (run / "teacher").glob("step_*"):
-        if path.suffix in (".safetensors", ".json") and path.stem not in steps:
+        if path.suffix in (".safetensors", ".json") and STEP_NAME.fullmatch(path.stem) and path.stem not in steps:
             path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from dinoreg.checkpoint.format import remove_unfinished
 from dinoreg.config.overwrite import OWNER
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.environment import start_time
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, reworded
 from dinoreg.runtime.json_files import read_json
 
 
@@ -80,10 +80,8 @@ def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
                 time=time.time(),
                 started=start_time(os.getpid()),
             )
-            try:
+            with reworded(f"out={run}: cannot be written", OSError):
                 write_atomic(run / OWNER, json.dumps(asdict(lease), indent=1) + "\n", lease.token)
-            except OSError as error:
-                raise UserError(f"out={run}: cannot be written ({error.strerror})") from None
             remove_unfinished(run / "checkpoints")
             for pattern in (part_name(Path(OWNER), "*").name, "checkpoints/*.part", "teacher/*.part"):
                 for path in run.glob(pattern):

@@ -4,7 +4,6 @@
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from dinoreg.runtime.json_files import flatten, is_number, number, read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import STEP_NAME, flatten, is_number, number, read_json, read_json_lines, read_text
 
-OWN_LOSSES = ("diet_loss", "anchor_loss", "distill_cls_loss", "distill_patch_loss")  # that dinov2 does not have
-_STEP = re.compile(r"step_(\d+)")
+# That dinov2 does not have.
+OWN_LOSSES = ("diet_loss", "anchor_loss", "gram_loss", "distill_cls_loss", "distill_patch_loss")
 
 
 def logged_losses(optimised: Mapping[str, Any], dino_weight: float, ibot_weight: float) -> dict[str, float]:
@@ -143,7 +142,7 @@ def line_at(lines: Sequence[Mapping[str, Any]], step: int | None) -> Mapping[str
 
 def newest_teacher(run: Path) -> Path | None:
     """The teacher file of the highest step of a run folder; None without one."""
-    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: path.stem)
+    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: step_in(path.stem) or 0)
 
 
 def teacher_step(path: Path) -> int | None:
@@ -153,7 +152,7 @@ def teacher_step(path: Path) -> int | None:
 
 def step_in(name: str) -> int | None:
     """The step in the name of a checkpoint; None for other names."""
-    match = _STEP.fullmatch(name)
+    match = STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 

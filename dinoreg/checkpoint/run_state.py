@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dinoreg.checkpoint.run_folder import Run, whole
 from dinoreg.runtime.durations import about
-from dinoreg.runtime.environment import start_time
+from dinoreg.runtime.environment import is_alive
 
 # Phases, and how much each is a problem.
 MARKS = {"finished": "ok", "running": "running", "unseen": "running", "stopped": "open", "failed": "problem"}
@@ -68,7 +68,6 @@ def _alive(run: Path) -> tuple[str, str]:
         return "unseen", ""
     if owner.host != socket.gethostname():
         return "unseen", str(owner)
-    started = start_time(owner.pid)
-    if Path("/proc").is_dir() and (started is None or owner.started not in (None, started)):
+    if Path("/proc").is_dir() and not is_alive(owner.pid, owner.started):
         return "lost", f"process {owner.pid} is gone; killed, or out of memory?"
     return "running", str(owner)

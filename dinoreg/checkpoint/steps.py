@@ -5,17 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import by_step, step_in
-from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
+from dinoreg.checkpoint.run_folder import by_step
+from dinoreg.runtime.json_files import is_number, number, pointed_step, read_json, read_json_lines
+from dinoreg.runtime.templates import with_interval
 
 PROBED = "probe.json"  # on which images the probe inside the run compares its steps
 ACCURACIES = ("knn_top1", "general_knn_top1")
 DENSE = ("dense_miou", "dse")  # of patches: with masks, and without
-
-
-def pointed_step(run: Path, pointer: str) -> int | None:
-    """The step that `last` or `best` of a run folder points to; None without one."""
-    return step_in(read_text(run / "checkpoints" / pointer)[:100].strip())
 
 
 def role_of(run: Path, step: int, total: int | None = None) -> str:
@@ -125,6 +121,4 @@ def watched_in(run: Path, step: int) -> Watched | None:
 
 def _interval(line: Mapping[str, Any], key: str) -> str:
     """ "18.0 % [12.9, 23.7]" of an accuracy in a line of probe.jsonl, without the interval where there is none."""
-    value, low, high = (line.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    interval = f" [{100 * number(low):.1f}, {100 * number(high):.1f}]" if is_number(low) and is_number(high) else ""
-    return f"{100 * number(value):.1f} %{interval}"
+    return with_interval(*(number(line.get(f"{key}{end}")) for end in ("", "_low", "_high")))

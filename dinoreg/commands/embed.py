@@ -31,7 +31,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
@@ -55,9 +55,8 @@ class Features:
     skipped: dict[str, str]
 
     def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.features.shape[1:]))
-        classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        return f"<features of {len(self.paths):,} images, {shape} numbers each{classes}; {len(self.skipped):,} skipped>"
+        shape, classes = " x ".join(map(str, self.features.shape)), len(self.class_names)
+        return f"<features {shape} of images; {classes} classes, {len(self.skipped):,} skipped>"
 
 
 def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None = None, **options: Any) -> Features:
@@ -83,11 +82,10 @@ def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None
 def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """(labels of the images (n,), names of the classes) of a labelled folder or table with one class a picture."""
     with contextlib.suppress(UserError):  # it holds no classes, or is something else
-        if isinstance(options.data, str):
-            found = read_labelled(options.data, columns=options.columns)
-            if found.labels.ndim == 1:
-                known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
-                return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
+        found = read_labelled(str(options.data), columns=options.columns)
+        if found.labels.ndim == 1:
+            known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
+            return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
     return None, []
 
 
@@ -134,7 +132,7 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
         "batch_size": options.batch_size,
     }
     shape = row_shape(options.token, encoder, size)
-    try:
+    with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
             try:
@@ -148,8 +146,6 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
             raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
         names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
         rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
-    except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     return rows
 
 

@@ -4,10 +4,11 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.regular_files import open_to_append
 
 
 @contextmanager
@@ -36,17 +37,19 @@ def running(out: str | None) -> Iterator[None]:
     except Exception as error:
         if log is None or not (log.parent / "config.yaml").is_file():  # not (yet) a run's folder
             raise
-        with open(log, "a") as file:
+        with suppress(OSError, UserError), open_to_append(log) as file:
             file.write(traceback.format_exc())
         if os.environ.get("DINOREG_DEBUG") == "1":
             traceback.print_exc()
         raise RunError(f"{explain_error(error)} (traceback: {log})") from error
 
 
-def explain_error(error: BaseException) -> str:
-    """One line about an unexpected error: a known cause with its remedy, else type and text."""
+def explain_error(error: BaseException, hint: str = "") -> str:
+    """One line about an error: a known cause with its remedy, or a file and why; else type, text and `hint`."""
     from dinoreg.commands.doctor import explain
 
+    if known := explain(error):
+        return known
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return explain(error) or f"{type(error).__name__}: {one_line(error)}"
+    return f"{type(error).__name__}: {one_line(error)}{hint}"

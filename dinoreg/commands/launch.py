@@ -18,6 +18,7 @@ from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.jobs.records import read_records
 from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import pointed_step
 from dinoreg.runtime.printable import printable
 
 
@@ -99,9 +100,9 @@ def _act(name: str, arguments: Sequence[str]) -> None:
     elif isinstance(options, CancelOptions):
         control.cancel(folders[0], options.job, options.save, _say)
     else:
-        from dinoreg.checkpoint.steps import pointed_step, which_steps
+        from dinoreg.checkpoint.steps import which_steps
 
         _say("\n".join(status.describe(folders[0])))
         for run in dict.fromkeys(record.run for record in read_records(folders[0]) if record.run):
-            if pointed_step(Path(run), "last") is not None:
+            if pointed_step(run, "last") is not None:
                 _say(which_steps(Path(run)))

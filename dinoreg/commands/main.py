@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debugging = os.environ.get("DINOREG_DEBUG") == "1"
         if debugging:
             traceback.print_exc()
-        print_status(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
+        hint = "" if debugging else " (DINOREG_DEBUG=1 shows the traceback)"
+        print_status(f"dinoreg: {explain_error(error, hint)}")
         return FAILED
 
 

@@ -17,7 +17,8 @@ from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder
-from dinoreg.evaluation.benchmark import Benchmark, Task
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.custom.datasets import BLANK
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.request import Request
@@ -26,7 +27,7 @@ from dinoreg.evaluation.runner import look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import with_interval
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
 from dinoreg.train.loop import pretrain
@@ -96,16 +97,9 @@ def probe(
     seed       of the evaluation and of the random weights
     """
     task = Task("logistic", lambda root, options: data, "top-1", options={"token": "cls+mean"})
-    benchmark = Benchmark(
-        name=name,
-        title="Embedded scenes",
-        classes=data.splits["train"].num_classes,
-        splits=f"{len(data.splits['train']):,} / {len(data.splits['test']):,}",
-        folders=(),
-        layouts=(),
-        tasks=(task,),
-        download="none: the program draws them",
-        licence="none needed",
+    classes, title = data.splits["train"].num_classes, "Embedded scenes"
+    benchmark = replace(
+        BLANK, name=name, title=title, classes=classes, tasks=(task,), options={}, licence="none needed"
     )
     with tempfile.TemporaryDirectory() as features:  # pixels as features would outweigh the run
         size = min(encoder.image_size)
@@ -115,8 +109,7 @@ def probe(
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:
-    rows = {"pretrained": result.rows, **result.baselines}
     print(f"linear probe on {result.headline.n_test} held-out scenes, {NUM_CLASSES} classes, top-1:")
-    for name, (row, *_) in rows.items():
-        print(f"  {name + ':':<12} {score(row.value)} [{100 * row.low:.1f}, {100 * row.high:.1f}]")
+    for name, (row, *_) in {"pretrained": result.rows, **result.baselines}.items():
+        print(f"  {name + ':':<12} {with_interval(row.value, row.low, row.high)}")
     print(f"{headline} {seconds / 60:.1f} minutes in all.\nreport: {report}")

@@ -3,6 +3,7 @@
 A backbone without registers in which outliers are found is measured a second time with a test-time register.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dinoreg.data.open import is_scenes, read_labelled
 from dinoreg.data.preprocess import Preprocessing, to_unit
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
+from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
@@ -32,21 +34,19 @@ from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
-from dinoreg.visualize.subject import Subject, crops_of, open_images, open_subject, picture_size, safe_name
+from dinoreg.visualize.subject import crops_of, open_images, open_subject, picture_size, safe_name
 
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
 
 
 @dataclass(frozen=True, repr=False)
 class RegisterReport(WithPage):
-    """What `dinoreg.registers` found.
+    """What `dinoreg.registers` found, and its `page`.
 
     measured  of each model, and of each with a test-time register: the figures `.record`, and the arrays behind them
-    page      path of `registers.html`
     """
 
     measured: tuple[Measured, ...]
-    page: Path
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -88,7 +88,7 @@ def _report(options: RegistersOptions) -> RegisterReport:
     than two images can be read or a norm is not finite
     """
     subjects = [open_subject(each, options.device) for each in options.models]
-    size = _common_size(subjects, options.size)
+    size = common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
     pictures, skipped = read_pictures(options, subjects[0].encoder.preprocessing.at(size))
@@ -107,7 +107,7 @@ def _report(options: RegistersOptions) -> RegisterReport:
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)
     page = write_registers(measured, pixels, out, skipped, channels_shown(channels))
-    return RegisterReport(tuple(measured), page)
+    return RegisterReport(page, tuple(measured))
 
 
 def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tuple[Pictures, list[tuple[str, str]]]:
@@ -148,22 +148,26 @@ def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
     return Pictures(images, labels, len(CLASS_NAMES), [np.asarray(scene.boxes) for scene in scenes], name)
 
 
-def _common_size(subjects: Sequence[Subject], size: int | None) -> int:
+def common_size(subjects: Sequence[Opened], size: int | None) -> int:
+    """The side in pixels at which all are shown the same pictures: `size`, else about that of the first.
+
+    raises  UserError for a model that does not take it, or other channels than the first
+    """
     if size is None:
-        size = min(picture_size(subjects[0].model))
-        size -= size % subjects[0].model.patch_size
-    first, channels = subjects[0], subjects[0].model.in_channels
+        patch = math.lcm(*(each.model.patch_size for each in subjects))
+        size = max(min(picture_size(subjects[0].model)) // patch, 1) * patch
+    channels = subjects[0].model.in_channels
     for subject in subjects:
         try:
             picture_size(subject.model, size)
             if subject.model.in_channels != channels:
-                raise UserError(f"takes {subject.model.in_channels} channels, {first.name} {channels}")
+                raise UserError(f"takes {subject.model.in_channels} channels, {subjects[0].name} {channels}")
         except UserError as error:
             raise UserError(f"{subject.name}: {error}; models are compared on the same pixels") from None
     return size
 
 
-def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
+def _encoders(subjects: Sequence[Opened]) -> list[NativeEncoder]:
     """Encoders with distinct names: of models that share one, the number of registers is added, then a number."""
     names: list[str] = []
     for subject in subjects:
@@ -171,8 +175,7 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
         if sum(other.name == name for other in subjects) > 1:
             name = f"{name}, {subject.model.num_registers} registers"
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    encoders = (subject.encoder for subject in subjects)
-    return [NativeEncoder(each.module, name, each.preprocessing, each.device) for each, name in zip(encoders, names)]
+    return [NativeEncoder(s.model, n, s.encoder.preprocessing, s.encoder.device) for s, n in zip(subjects, names)]
 
 
 def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:

@@ -62,12 +62,9 @@ def corrected(error: BaseException, arguments: Sequence[str]) -> str:
         return text
     before, found = text[: meant.start()], []
     for place, word in enumerate(arguments):
-        if not place and "unknown verb" not in before:
-            continue
-        key, equals, value = word.partition("=")
-        named = [part for part in value.split(",") if part and f"={part}" in before]
-        for part in (named or [key]) if equals else word.split(","):
+        for part in filter(None, re.split("[=,]", word)) if place or "unknown verb" in before else ():
             if stands := re.search(rf"(?<![\w./]){re.escape(part)}(?![\w./])", before):
                 new = word.replace(part, meant[1], 1)
                 found.append((stands.start(), [*arguments[:place], new, *arguments[place + 1 :]]))
-    return f"{text} Write: {shlex.join(['dinoreg', *min(found)[1]])}" if found else text
+    # A value stands behind its key.
+    return f"{text} Write: {shlex.join(['dinoreg', *max(found)[1]])}" if found else text

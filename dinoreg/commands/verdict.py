@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.commands.evaluate import folder_name
 from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -44,16 +44,14 @@ SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of
 
 @dataclass(frozen=True, repr=False)
 class LabelledVerdict(WithPage):
-    """What `dinoreg.verdict` found.
+    """What `dinoreg.verdict` found, and its `page`.
 
     advice  the choice and its reason
     record  all figures, as in `verdict.json`
-    page    path of `verdict.html`
     """
 
     advice: Advice
     record: dict[str, Any]
-    page: Path
 
     def __repr__(self) -> str:
         data, roles = self.record["data"], self.record["contenders"]
@@ -109,7 +107,7 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
     advice = advise(record)
     record["advice"] = advice._asdict()
     write_atomic(out / "verdict.json", json.dumps(plain(record), indent=1) + "\n")
-    return LabelledVerdict(advice, record, write_page(record, out))
+    return LabelledVerdict(write_page(record, out), advice, record)
 
 
 def _request(options: VerdictOptions, own: Encoder, data: Data, features: Path) -> Request:
@@ -194,7 +192,7 @@ def _changed(results: Mapping[str, Result], other: str, data: Data, out: Path) -
         picked = np.unique(np.linspace(0, len(places) - 1, min(SHOWN, len(places))).astype(int))
         for number, place in enumerate(places[picked].tolist()):
             file = f"changed/{kind}_{number:02d}.png"
-            framed(shown(read_picture(test.source, place)), SIDE, 3, edge).save(out / file)
+            write_picture(out / file, framed(shown(read_picture(test.source, place)), SIDE, 3, edge))
             classes = {"is": names[test.labels[place]], "wrong": names[wrong[place]]}
             found[kind].append({"file": file, "image": test.source.name(place), **classes})
     return found

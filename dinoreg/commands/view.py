@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dinoreg.commands.options import VIEWS, check_view
 from dinoreg.config.option import keys_of, read
 from dinoreg.reports.html import WithPage
@@ -17,21 +15,14 @@ from dinoreg.runtime.json_files import read_json
 
 @dataclass(frozen=True, repr=False)
 class View(WithPage):
-    """What `dinoreg.view` drew.
+    """What `dinoreg.view` drew, and its `page`.
 
-    page      path of the HTML file that shows all pictures
     pictures  paths of the PNG files
     record    the numbers beside them, as in `view.json`
     """
 
-    page: Path
     pictures: list[Path]
     record: dict[str, Any]
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures."""
-        return [Image.open(path) for path in self.pictures]
 
     def __repr__(self) -> str:
         return f"<view of {self.record['view']}: {len(self.pictures)} pictures, {self.page}>"
@@ -43,19 +34,16 @@ def view(kind: str, **options: Any) -> View:
     kind     "attention", "pca" or "norms", of a model; "crops", of a config
     options  the command line's keys: weights="runs/a", images="photos/", out="pictures", layer="all"; for crops
              config="small" and the keys of `dinoreg.pretrain`
-    returns  `.images` (of Pillow), their paths `.pictures`, the numbers `.record` and the `.page`
+    returns  the paths of the `.pictures`, the numbers `.record` and the `.page`
     raises   UserError (a ValueError), before anything is written, for what is unknown, missing or does not fit
     """
     check_view(kind)
-    values: Mapping[str, Any] = options
+    own = {key: options.pop(key) for key in [*options] if kind != "crops" or key in keys_of(VIEWS[kind])}
+    values = dict(vars(read(VIEWS[kind], own)[0]))
     if kind == "crops":
         if "config" not in options:
             raise UserError("view crops: config= is missing: a name in configs/ or a YAML file")
-        own = {key: options.pop(key) for key in keys_of(VIEWS[kind]) if key in options}
-        config = str(options.pop("config"))
-        values = {"config": config, "overrides": options, **vars(read(VIEWS[kind], own)[0])}
-    else:
-        values = vars(read(VIEWS[kind], options)[0])
+        values |= {"config": str(options.pop("config")), "overrides": options}
     page = draw(kind, values)
     record = read_json(page.with_suffix("") / "view.json")
     return View(page, [page.with_suffix("") / name for name in record["pictures"]], record)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+from dinoreg.runtime.environment import DATA_THREADS
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 
@@ -30,8 +31,10 @@ def _watch(received: int, main: int) -> None:
             for _, path, _ in (each for each in being_read() if each in before and each[2] == main):
                 print_status(f"dinoreg: stopped by {signal.Signals(number).name} while {path} was being read")
                 os._exit(128 + number)
-        for since, path, _ in being_read():
-            seconds = time.monotonic() - since
+        # A batch that is waited for names the file itself.
+        others = {each.ident for each in threading.enumerate() if not each.name.startswith(DATA_THREADS)}
+        for since, path, thread in being_read():
+            seconds = time.monotonic() - since if thread in others else 0.0
             if seconds > max(PATIENCE, 3 * said.get(path, 0.0)):
                 said[path] = seconds
                 print_status(f"{path}: is being read since {seconds:.0f} s")

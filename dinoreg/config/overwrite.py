@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, to_yaml
-from dinoreg.runtime.environment import start_time
+from dinoreg.runtime.environment import is_alive
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import number, read_json
 
@@ -51,6 +51,11 @@ def check_out(config: Config, out: Path) -> None:
         raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
     elif not (out / "config.yaml").is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
+    else:
+        for name in ("checkpoints", "teacher"):
+            home = Path(os.path.realpath(out / name)).parent
+            if home != out.resolve() and (home / OWNER).exists():  # what this run replaces and retires is that one's
+                raise UserError(f"out={out}: {name} is a link into the run {home}; resume that, or copy the folder")
 
 
 def refuse_live(out: Path, takeover: bool = False) -> None:
@@ -65,9 +70,7 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
     if takeover or (is_over and number(status.get("time")) >= number(owner.get("time"))):
         return
     if host == socket.gethostname():
-        if type(pid) is not int or pid == os.getpid() or owner.get("started") is None:
-            return
-        if start_time(pid) == owner["started"]:
+        if pid != os.getpid() and is_alive(pid, owner.get("started")):
             raise UserError(
                 f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
             )

@@ -33,12 +33,12 @@ MAX_PROTOTYPES = 2**24
 class ModelConfig(Options, section="model"):
     """The architecture of the backbone, how it is computed, and its stochastic depth."""
 
-    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,1,4,…}, or an alias of Meta, timm or transformers")
+    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,4,…}[_rope], or one of Meta, timm or transformers")
     dim: int | None = option(None, "width; none: by the name", low=1, high=MAX_WIDTH)
     depth: int | None = option(None, "blocks; none: by the name", low=1, high=1000)
     heads: int | None = option(None, "attention heads; none: by the name", low=1, high=MAX_WIDTH)
     ffn: str | None = option(None, "feed-forward network; none: by the name, swiglu for g", choices=("mlp", "swiglu"))
-    ffn_ratio: float = option(4.0, "hidden width of the FFN over dim", above=0, high=100)
+    ffn_ratio: float | None = option(None, "hidden width over dim; none: by the name, mostly 4", above=0, high=100)
     layerscale: float | None = option(1e-5, "initial per-channel residual scale; none: no LayerScale")
     drop_path: float = option(0.3, "share of samples that skip a residual branch", low=0, below=1)
     drop_path_uniform: bool = option(True, "the same rate in every block; false: linear from 0")
@@ -46,6 +46,10 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
+    rope_base: float | None = option(None, "rotary positions of this base; none: by the name", above=1, high=1e6)
+    rope_shift: float = option(0.0, "training: moves places by up to this, an image being 2 wide", low=0, high=100)
+    rope_jitter: float = option(1.0, "training: stretches each axis by 1/x to x; 1: not", low=1, high=100)
+    rope_rescale: float = option(2.0, "training: both axes by one factor, 1/x to x; 1: not", low=1, high=100)
     attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
@@ -74,6 +78,10 @@ class LossConfig(Options, section="loss"):
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
     diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
+    gram_weight: float = option(0.0, "of patches' cosines to one another, held to an earlier teacher's (Gram)", low=0)
+    gram_size: int | None = option(
+        None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
+    )
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -86,6 +94,18 @@ class LossConfig(Options, section="loss"):
         super().__post_init__()
         positive = "a positive dino_weight, ibot_weight or diet_weight (all are zero)"
         check(self.distils or self.diet_weight > 0, "loss.dino_weight", self.dino_weight, positive)
+        one = "0 with loss.anchor_weight: a run is held to one network"
+        check(not self.anchor_weight or not self.gram_weight, "loss.gram_weight", self.gram_weight, one)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a loss holds the student to a network that does not learn."""
+        return self.anchor_weight + self.gram_weight > 0
+
+    @property
+    def anchor_size(self) -> int | None:
+        """Pixels a side of crops that are cut for the network held to; None: it sees those of the student."""
+        return self.gram_size if self.gram_weight > 0 else None
 
     @property
     def distils(self) -> bool:
@@ -125,6 +145,8 @@ class ScheduleConfig(Options, section="schedule"):
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
     teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
+    gram_start: float = fraction(0.5, "fraction of the run after which loss.gram_weight holds to the teacher of then")
+    gram_every: float | None = option(None, "fraction after which to a newer one; none: never", above=0, high=1)
     shape: str = option(
         "cosine",
         "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
@@ -312,7 +334,7 @@ class Config(Options):
             raise UserError("resume and overwrite: give one of the two")
         if self.distill is not None:
             without = "0 with distill=, whose network says what features should be"
-            for key in ("anchor_weight", "diet_weight"):
+            for key in ("anchor_weight", "gram_weight", "diet_weight"):
                 check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
             check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
         if self.init is not None and not self.loss.distils:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.runtime.errors import UserError, readable
+from dinoreg.runtime.regular_files import open_regular
 
 _FORMATS = "jpg jpeg jpe jfif mpo png webp tif tiff bmp gif ppm pgm pbm pnm dcm dicom"
 EXTENSIONS = frozenset(f".{name}" for name in _FORMATS.split())
@@ -110,7 +111,7 @@ def index_file(key: bytes, index_dir: str | os.PathLike[str] | None) -> Path:
 def load_index(file: Path, evidence: str) -> dict[str, np.ndarray] | None:
     """The arrays of an index that was kept for this very evidence; None when there is none or it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
+        with open_regular(file) as opened, np.load(opened, allow_pickle=False) as kept:
             arrays = dict(kept)
     except Exception:  # a damaged archive ends in many kinds, all with the same meaning here
         return None

@@ -44,7 +44,7 @@ _SLICE = 0.2  # seconds after which a wait looks up
 _LEAVE = 2.0  # seconds that workers have to end their image when a loader is closed
 T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
-_CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
+_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM = 1, 2, 3  # uses of the seed
 # A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
 # may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
 # interpreter lock.
@@ -64,8 +64,11 @@ class Views:
     mask: MaskSettings
     patch_size: int
     in_channels: int = 3
+    anchor_size: int | None = None  # at which the global crops are cut once more, undistorted
 
     def __post_init__(self) -> None:
+        if (self.anchor_size or 0) % self.patch_size:
+            raise UserError(f"loss.gram_size={self.anchor_size} is not divisible by the patch size {self.patch_size}")
         for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
             if size % self.patch_size and (name == "global_size" or self.crops.num_local):
                 raise UserError(f"crops.{name}={size} is not divisible by the patch size {self.patch_size}")
@@ -76,8 +79,14 @@ class Views:
 
     @property
     def sizes(self) -> list[int]:
-        """Pixels a side of every crop of an image, the two global ones first."""
+        """Pixels a side of every view of an image, the two global ones first."""
         return [self.crops.global_size] * 2 + [self.crops.local_size] * self.crops.num_local
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(crops of an image, pixels a side) of the global crops, of any local ones, and of those cut once more."""
+        groups = [(2, self.crops.global_size), (self.crops.num_local, self.crops.local_size)]
+        return [(count, size) for count, size in (*groups, (2, self.anchor_size or 0)) if count and size]
 
 
 def num_workers(workers: int | None, device: torch.device) -> int:
@@ -103,22 +112,21 @@ class Batch:
     position: int  # the sampler's position after this batch
     data_time: float  # seconds the consumer spent in asking for it
     checksums: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (B,) of their files; early on only
+    anchor_crops: Tensor | None = None  # (2B, C, H', W') the global crops once more: mirrored and normalised alone
 
 
 class _Slot:
     """The memory that workers write one batch's crops to.
 
-    groups  crops by size, of `dtype`: (2B, C, H, W), then (L*B, C, h, w) if there are local ones; channels innermost
+    groups  crops of `Views.groups`, of `dtype`: (2B, C, H, W), (L*B, C, h, w), (2B, C, H', W'); channels innermost
     """
 
     def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
-        counts = ((2, views.crops.global_size), (views.crops.num_local, views.crops.local_size))
         self.groups = [
             torch.empty(count * batch_size, size, size, views.in_channels, dtype=dtype, pin_memory=pinned).permute(
                 0, 3, 1, 2
             )
-            for count, size in counts
-            if count
+            for count, size in views.groups
         ]
         # One view per crop, made once: slicing for every crop would cost as much as planning it.
         rows = [row for group in self.groups for row in group.split(1)]
@@ -242,10 +250,17 @@ class _Engine:
             return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
-        colours = photometric.draw_photometric(
-            numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
-        )
+        augment, of_sensor = self.views.augment, None
+        if augment.of_sensor:
+            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.in_channels)
+        drawn = numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW)
+        colours = photometric.draw_photometric(drawn, augment, of_sensor)
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
+        if self.views.anchor_size is not None:
+            mirrored = np.zeros_like(job.colours[0])
+            flips = [photometric.P.HFLIP, photometric.P.VFLIP, photometric.P.TURN]
+            mirrored[:, flips] = job.colours[0][:, flips]
+            job.colours = [*job.colours[: len(job.slot.groups) - 1], mirrored]
         step = job.position // (batch * self.world_size)
         grid = (self.views.crops.global_size // self.views.patch_size,) * 2
         # The crop's number does not depend on the processes, unless each spreads the hidden shares over its own crops.
@@ -301,9 +316,11 @@ class _Engine:
         if len(job.checksums):
             job.checksums[row] = image.checksum()
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
+        sizes, again = self.views.sizes, 0 if self.views.anchor_size is None else 2
+        boxes += boxes[:again]
         reduction = 1
         if options.reduced_decode and image.format == "JPEG":
-            reduction = geometry.reduction_for(boxes, self.views.sizes)
+            reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.anchor_size or 0] * again])
         pixels = image.pixels(reduction)
         if reduction > 1:
             height, width = pixels.shape[1:]
@@ -438,7 +455,7 @@ class BatchLoader:
         if self.device.type == "cuda":
             job.slot.copied = torch.cuda.Event(blocking=True)  # a worker that waits for it sleeps
             job.slot.copied.record(torch.cuda.current_stream(self.device))
-        local_crops = crops[1] if len(crops) > 1 else None
+        local_crops = crops[1] if self.views.crops.num_local else None
         return Batch(
             crops[0],
             local_crops,
@@ -450,6 +467,7 @@ class BatchLoader:
             position,
             data_time=0,
             checksums=job.checksums,
+            anchor_crops=None if self.views.anchor_size is None else crops[-1],
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

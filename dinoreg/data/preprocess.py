@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.config.schema import is_value_range
+from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.data.center_crop import INTERPOLATIONS, Interpolation, center_crop, to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.value_range import ValueRange
@@ -69,7 +70,7 @@ class Preprocessing:
             _per_channel(stated.get(key) or value, channels, key, where) for key, value in zip(("mean", "std"), default)
         )
         size = as_sides(stated.get("image_size"))
-        if size is None or any(side % patch_size for side in size):
+        if size is None or any(side % patch_size or side > MAX_SIDE for side in size):
             published = min(PUBLISHED_SIZE, *image_size) // patch_size * patch_size
             size = image_size if max(image_size) <= PUBLISHED_SIZE else (published or patch_size,) * 2
         short, how = stated.get("short_side"), stated.get("interpolation")
@@ -77,7 +78,7 @@ class Preprocessing:
             mean,
             std,
             size,
-            short if type(short) is int and short >= min(size) else min(size),
+            short if type(short) is int and min(size) <= short <= MAX_SIDE else min(size),
             how if how in INTERPOLATIONS else "bicubic",
             _range(stated.get("range"), where),
             assumed=not (stated.get("mean") and stated.get("std")),

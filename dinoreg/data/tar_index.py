@@ -23,7 +23,7 @@ from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
-from dinoreg.runtime.regular_files import load_array, open_regular
+from dinoreg.runtime.regular_files import load_array, open_regular, read_regular
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
@@ -243,7 +243,7 @@ def _from_headers(path: str) -> list[tuple[str, int, int]]:
 def _from_log(log: str, path: str, size: int) -> list[tuple[str, int, int]]:
     """(name, start, end) of every member that the listing of `tar --list --block-number` names."""
     with readable(f"data: {log}"):
-        lines = Path(log).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = read_regular(log).decode("utf-8", "surrogateescape").splitlines()
     starts, names = [], []
     for number, line in enumerate(filter(None, map(str.rstrip, lines)), 1):
         matched = _LOG_LINE.fullmatch(line)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),
+        "attention": ("dinoreg.evaluation.protocols.attention", "attention probe"),
         "knn": ("dinoreg.evaluation.protocols.knn", "weighted k-NN"),
         "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
         "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
@@ -89,6 +90,7 @@ class Task:
     counts    images of each split in the official data; differing counts warn, or fail with strict=true
     options   protocol options that this dataset sets for itself, without the section: {"augment": False}
     needs     paths besides those of the dataset's layout; without them this task is left out, saying so
+    asked     measured only where `protocols=` names it
     """
 
     protocol: str
@@ -98,6 +100,7 @@ class Task:
     published: tuple[Published, ...] = ()
     options: Options = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Benchmark:
     classes   their number, or None for tasks without classes
     folders   names that its folder may have below `root`; `root` itself is tried last
     layouts   each a set of paths that together make the dataset readable; messages name the most complete one
-    download  where the files come from, in words
+    download  where the files come from, in words: by default the archives of the first layout
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     place     path of data of one's own
@@ -121,8 +124,8 @@ class Benchmark:
     folders: tuple[str, ...]
     layouts: tuple[tuple[Need, ...], ...]
     tasks: tuple[Task, ...]
-    download: str
     licence: str
+    download: str = ""
     task: str = "classification"
     splits: str = ""
     options: Mapping[str, Field] = field(default_factory=dict)
@@ -133,6 +136,8 @@ class Benchmark:
     def __post_init__(self) -> None:
         if self.tasks and not self.splits:
             object.__setattr__(self, "splits", counts_in_words(self.tasks[0].counts))
+        if self.layouts and not self.download:
+            object.__setattr__(self, "download", " and ".join({need.archive: None for need in self.layouts[0]}))
 
     def find(self, root: str | Path, layouts: tuple[tuple[Need, ...], ...] | None = None) -> Path:
         """The dataset's folder below `root`, in which one of the layouts, by default its own, is complete.
@@ -198,9 +203,15 @@ def linear_tasks(
     counts: Mapping[str, int] = MappingProxyType({}),
     linear: tuple[Published, ...] = (),
     knn: tuple[Published, ...] = (),
+    attention: tuple[Published, ...] = (),
 ) -> tuple[Task, ...]:
-    """DINOv2's grid of linear heads (App. B.3) and weighted k-NN, over one reader, each with its published figures."""
-    return (Task("linear", read, "top-1", counts, linear), Task("knn", read, "top-1", counts, knn))
+    """DINOv2's grid of linear heads (App. B.3), weighted k-NN and, where it is asked for, the attention probe, over one
+    reader, each with its published figures."""
+    return (
+        Task("linear", read, "top-1", counts, linear),
+        Task("knn", read, "top-1", counts, knn),
+        Task("attention", read, "top-1", counts, attention, asked=True),
+    )
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:

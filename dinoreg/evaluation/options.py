@@ -55,17 +55,32 @@ LINEAR_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 
 
 
 @dataclass(frozen=True)
-class LinearOptions(Options, section="linear"):
+class _GridOptions(Options):
+    """Classifiers of several rates, trained at once on frozen features."""
+
+    epochs: int = option(10, "of `epoch_steps` steps", low=1, high=1_000_000)
+    epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
+    batch_size: int = option(1024, "images a step", low=1, high=1_000_000)
+    choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
+    augment: bool = option(True, "random resized crops and flips; false: heads on the features of centre crops")
+
+
+@dataclass(frozen=True)
+class LinearOptions(_GridOptions, section="linear"):
     """A grid of linear classifiers on frozen features, trained at once (DINOv2, arXiv 2304.07193, App. B.3)."""
 
     lrs: tuple[float, ...] = option(LINEAR_LRS, "per 256 images", above=0)
     blocks: tuple[int, ...] = option((1, 4), "last blocks whose class tokens are concatenated", low=1)
     avgpool: tuple[int, ...] = option((0, 1), "1: the mean patch token is appended", low=0, high=1)
-    epochs: int = option(10, "of `epoch_steps` steps", low=1, high=1_000_000)
-    epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
-    batch_size: int = option(1024, "images a step", low=1, high=1_000_000)
-    choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
-    augment: bool = option(True, "random resized crops and flips; false: heads on the cached centre-crop features")
+
+
+@dataclass(frozen=True)
+class AttentionOptions(_GridOptions, section="attention"):
+    """Attention probes on frozen tokens: one learnt query gathers what a linear classifier sees."""
+
+    choose_on: str = option("train", "the best rate: on a held-out tenth; test", choices=("test", "train"))
+    lrs: tuple[float, ...] = option((1e-4, 3e-4, 1e-3, 3e-3), "AdamW", above=0)
+    weight_decay: float = option(0.01, "of AdamW", low=0)
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,6 @@ class RetrievalOptions(Options, section="retrieval"):
     """Instance retrieval by cosines of frozen features (Radenovic et al., arXiv 1803.11285; DINOv2, section 7.3)."""
 
     size: int = pixels(448, "of the long side, of queries as of the others")
-    power: float = option(3.0, "of the generalised mean of patches; 1 is the mean", above=0)
 
 
 @dataclass(frozen=True)
@@ -225,6 +239,7 @@ class EvalOptions(SharedOptions):
     knn: KnnOptions = section(KnnOptions)
     logistic: LogisticOptions = section(LogisticOptions)
     linear: LinearOptions = section(LinearOptions)
+    attention: AttentionOptions = section(AttentionOptions)
     multilabel: MultilabelOptions = section(MultilabelOptions)
     segmentation: SegmentationOptions = section(SegmentationOptions)
     knn_segmentation: KnnSegmentationOptions = section(KnnSegmentationOptions)

@@ -11,6 +11,7 @@ DINOV3 = "DINOv3, arXiv 2508.10104"
 BASELINE = f"{DINOV3}, baseline row"
 LOST = "LOST, arXiv 2109.14279, its repository"
 DENOISING = "Denoising ViTs, arXiv 2401.02957"
+CAPI = "CAPI, arXiv 2502.08769, its README"
 TEST_TIME = "Vision Transformers Don't Need Trained Registers, arXiv 2506.08010"
 
 Family = tuple[float, float, float, float]  # of ViT-S, B, L and g/14
@@ -75,6 +76,15 @@ def denoised(values: tuple[float, float], differs: tuple[str, str]) -> tuple[Pub
         Published(f"DINOv2 ViT-B/14 (released), {count} registers", value, DENOISING, each)
         for count, value, each in zip((0, 4), values, differs, strict=True)
     )
+
+
+def capi(values: Family, differs: str) -> tuple[Published, ...]:
+    """Figures of CAPI's ViT-L/14 (arXiv 2502.08769, its README) trained on Places205, LVD-142M, ImageNet-22k and -1k.
+
+    differs  what differs from our protocol
+    """
+    data = ("Places205", "LVD-142M", "ImageNet-22k", "ImageNet-1k")
+    return tuple(Published(f"CAPI ViT-L/14 ({each})", value, CAPI, differs) for each, value in zip(data, values))
 
 
 def single_tokens(

@@ -80,7 +80,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
     for task in benchmark.tasks:
-        if wanted and task.protocol not in wanted:
+        if task.protocol not in wanted if wanted else task.asked:
             continue
         absent = next((need for need in task.needs if not need.met(folder)), None)
         if absent is not None:
@@ -170,7 +170,7 @@ def read_result(path: Path) -> Result | None:
     """The result in a file; None without a file, or where it is torn or of another kind."""
     try:
         return Result.from_dict(read_json(path))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

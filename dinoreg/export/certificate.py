@@ -212,7 +212,9 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
 
 
 def _resampling(form: Format | None, model: RegisterViT) -> dict[str, Any]:
-    """How a format's library resamples positions; None: how the model itself does."""
+    """How a format's library resamples positions; None: how the model itself does. Rotary ones it need not."""
+    if model.rope is not None:
+        return {}
     if form is not None and form.name in ("timm", "transformers"):
         return resampling(form.name, model.num_registers)
     return {"antialias": model.antialias, "position_offset": float(model.position_offset)}

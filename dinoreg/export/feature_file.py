@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from safetensors.numpy import load_file
 
 from dinoreg.checkpoint.atomic import sync, write_atomic
 from dinoreg.runtime.dependencies import install
+from dinoreg.runtime.digest import blocks
 from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.regular_files import read_regular
 
 SUFFIXES = (".safetensors", ".parquet")
 FORMAT = "dinoreg-features"
@@ -54,11 +58,12 @@ class RowFile:
         self.settings = json.loads(json.dumps({**settings, "shape": shape, "dtype": dtype, "images": total}))
         self.folder = out.with_name(f"{out.name}.part")
         self.row_bytes = self.dtype.itemsize * math.prod(shape)
-        self.next, self.count = 0, 0
+        self.next, self.count, self._crc, self._running = 0, 0, 0, 0  # CRC-32 of `count` rows, and of all
         self.skipped: dict[int, tuple[str, str]] = {}
         resumed = self.folder.exists() and self._read_note(restart)
         self._check_room()
         if not resumed:
+            self._running = 0
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             (self.folder / _ROWS).touch()
@@ -73,7 +78,9 @@ class RowFile:
 
     def append(self, rows: np.ndarray) -> None:
         """Add the rows (b, *shape) of the next b images that could be read."""
-        self._rows.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
+        data = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
+        self._rows.write(data)
+        self._running = zlib.crc32(data, self._running)
 
     def skip(self, index: int, name: str, reason: str) -> None:
         """Record that image `index`, called `name`, is left out, and why."""
@@ -82,6 +89,7 @@ class RowFile:
     def reached(self, index: int) -> None:
         """Record that all images below `index` are done; every NOTE_SECONDS and at the end the note is written."""
         self.next, self.count = index, (self._rows.tell() - _ROOM) // self.row_bytes
+        self._crc = self._running
         if time.monotonic() - self._noted >= NOTE_SECONDS or index == self.total:
             self.note()
 
@@ -90,8 +98,8 @@ class RowFile:
         self._rows.flush()
         os.fsync(self._rows.fileno())
         skipped = {index: each for index, each in self.skipped.items() if index < self.next}
-        note = {"settings": self.settings, "next": self.next, "rows": self.count, "skipped": skipped}
-        write_atomic(self.folder / _NOTE, json.dumps(note) + "\n")
+        note = {"settings": self.settings, "next": self.next, "rows": self.count, "crc32": self._crc}
+        write_atomic(self.folder / _NOTE, json.dumps({**note, "skipped": skipped}) + "\n")
         self._noted = time.monotonic()
 
     def finish(self, names: Iterator[str], about: Mapping[str, Any]) -> None:
@@ -120,10 +128,11 @@ class RowFile:
     def _read_note(self, restart: bool) -> bool:
         """Go to where the note of an unfinished file says; False where there is nothing to go on with."""
         try:
-            note = json.loads((self.folder / _NOTE).read_text(encoding="utf-8"))
-            settings, following, rows = (note[key] for key in ("settings", "next", "rows"))
+            note = json.loads(read_regular(self.folder / _NOTE))
+            settings, following, rows, crc = note["settings"], int(note["next"]), int(note["rows"]), note["crc32"]
             skipped = {int(index): (str(name), str(reason)) for index, (name, reason) in note["skipped"].items()}
-            size = (self.folder / _ROWS).stat().st_size
+            for block in blocks(self.folder / _ROWS, _ROOM, self.row_bytes * max(rows, 0)):
+                self._running = zlib.crc32(block, self._running)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             ours = {_ROWS, _NOTE, f"{_NOTE}.part", _PARQUET}  # a kill during the first write leaves only these
             if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
@@ -138,11 +147,10 @@ class RowFile:
                 f"out={self.out}: an unfinished embed has {key}={known.get(key)}, not {self.settings.get(key)}; "
                 "finish it with its own keys, or drop it with overwrite=true"
             )
-        if {type(following), type(rows)} != {int} or not 0 <= rows <= following <= self.total:
+        if not 0 <= rows == following - len(skipped) <= self.total or self._running != crc:
+            print_status(f"{self.folder}: not as it was written; it is computed anew")
             return False
-        if size < _ROOM + self.row_bytes * rows:
-            return False
-        self.next, self.count, self.skipped = following, rows, skipped
+        self.next, self.count, self.skipped, self._crc = following, rows, skipped, crc
         return True
 
     def _check_room(self) -> None:

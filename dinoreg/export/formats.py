@@ -5,6 +5,7 @@ of the others. Whether the library then computes the same is for the certificate
 """
 
 import inspect
+import io
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import share
+from dinoreg.checkpoint.atomic import replacing, share
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import write_onnx
 from dinoreg.export.source import Source
@@ -26,7 +27,8 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
-from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, INTERPOLATIONS, PROCESSOR, TIMM_ARGUMENTS
+from dinoreg.weights.convert_dinov3 import to_dinov3
+from dinoreg.weights.library_configs import INTERPOLATIONS, KINDS, PROCESSOR, TIMM_ARGUMENTS, TIMM_DINOV3_ARGUMENTS
 from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 
 # timm's register models by width; other widths are set by arguments over a named model.
@@ -66,16 +68,22 @@ def write_timm(folder: Path, source: Source) -> None:
     The config holds the model's name, its arguments and the preprocessing.
     """
     model = source.model
-    _save(to_timm(model.state_dict()), folder / "model.safetensors")
-    gated = model.ffn == "swiglu"
-    # "giant" is the only name with a gated FFN, which arguments in JSON cannot set.
-    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")
-    name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
+    gated, hidden, state = model.ffn == "swiglu", hidden_dim(model), to_meta(model.state_dict())
+    if model.rope is not None:
+        state, names = to_dinov3(state, "timm"), TIMM_DINOV3_ARGUMENTS
+        name = f"vit_small_{'plus_' if gated else ''}patch16_dinov3_qkvb"
+    else:
+        state, names = to_timm(state), TIMM_ARGUMENTS
+        # "giant" is the only name with a gated FFN, which arguments in JSON cannot set.
+        size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")
+        name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
+        hidden *= 2 if gated else 1
     architecture = model.architecture()
-    arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
-        "mlp_ratio": _timm_ratio(model.dim, hidden_dim(model) * (2 if gated else 1)),
-        # The factors come with the weights; zero is timm's way of saying that there are none.
-        "init_values": 1e-5 if model.layerscale else 0.0,
+    _save(state, folder / "model.safetensors")
+    arguments = {theirs: architecture[ours] for ours, theirs in names.items()} | {
+        "mlp_ratio": _timm_ratio(model.dim, hidden),
+        # The factors come with the weights; zero is timm's way of saying that there are none, where it can.
+        "init_values": 1e-5 if model.layerscale or model.rope else 0.0,
         "num_classes": 0,
         "dynamic_img_size": True,
     }
@@ -110,8 +118,8 @@ def _timm_ratio(dim: int, hidden: int) -> float:
 def write_transformers(folder: Path, source: Source) -> None:
     """`config.json`, `model.safetensors` and `preprocessor_config.json`, as AutoModel and AutoImageProcessor read them.
 
-    raises  UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
-            not a multiple of the model's
+    raises  UserError for what transformers' models cannot express: a rectangular position grid or crop, and in Dinov2
+            an FFN whose width is not a multiple of the model's
     """
     model = source.model
     rows, columns = model.grid
@@ -120,21 +128,24 @@ def write_transformers(folder: Path, source: Source) -> None:
             f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
             f"export with size={min(rows, columns) * model.patch_size}"
         )
-    with_registers = model.num_registers > 0
+    model_type = "dinov3_vit" if model.rope else "dinov2_with_registers" if model.num_registers else "dinov2"
+    kind, gated, state = KINDS[model_type], model.ffn == "swiglu", to_meta(model.state_dict())
+    if model.rope is not None:
+        ffn = {"intermediate_size": hidden_dim(model), "hidden_act": kind.acts[gated]}
+        state = to_dinov3(state, "transformers", model.key_bias)
+    else:
+        ffn, state = {"mlp_ratio": _transformers_ratio(model), "hidden_act": "gelu"}, to_transformers(state)
     architecture = model.architecture()
-    config = {theirs: architecture[ours] for ours, (theirs, _) in DINOV2_ARGUMENTS.items()} | {
-        "architectures": ["Dinov2WithRegistersModel" if with_registers else "Dinov2Model"],
-        "model_type": "dinov2_with_registers" if with_registers else "dinov2",
-        "mlp_ratio": _transformers_ratio(model),
-        "use_swiglu_ffn": model.ffn == "swiglu",
-        **DINOV2_FIXED,
+    config = {theirs: architecture[ours] for ours, (theirs, _) in kind.arguments.items()} | {
+        "architectures": [kind.name],
+        "model_type": model_type,
+        kind.gate: gated,
+        **kind.fixed,
+        **ffn,
         "layerscale_value": 1.0,
         "image_size": model.image_size[0],
-        "patch_size": model.patch_size,
         "torch_dtype": "float32",
     }
-    if with_registers:
-        config["num_register_tokens"] = model.num_registers
     _write_json(folder / "config.json", config)
     pixels = source.preprocessing
     processor = {
@@ -153,7 +164,7 @@ def write_transformers(folder: Path, source: Source) -> None:
     }
     _write_json(folder / PROCESSOR, processor)
     _write_pixels(folder, source)
-    _save(to_transformers(to_meta(model.state_dict())), folder / "model.safetensors")
+    _save(state, folder / "model.safetensors")
 
 
 def _transformers_ratio(model: RegisterViT) -> int:
@@ -238,11 +249,13 @@ def hidden_dim(model: RegisterViT) -> int:
 def _save(state: dict[str, Tensor], path: Path) -> None:
     """Tensors that lie in memory of their own, as the file formats want them."""
     own = {key: value.detach().clone().contiguous() for key, value in state.items()}
-    if path.suffix == ".pth":
-        torch.save(own, path)
-    else:
-        save_file(own, path, metadata={"format": "pt"})
-        share(path)
+    with replacing(path) as aside:
+        if path.suffix == ".pth":
+            torch.save(own, buffer := io.BytesIO())  # its own writer has no words for a full disk
+            aside.write_bytes(buffer.getbuffer())
+        else:
+            save_file(own, aside, metadata={"format": "pt"})
+            share(aside)
 
 
 def _write_pixels(folder: Path, source: Source) -> None:

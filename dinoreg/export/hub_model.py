@@ -7,6 +7,7 @@ parameters, arguments and outputs are those of the published DINOv2 models.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class PlainViT(nn.Module):
     """[class token, registers, patches] through pre-norm blocks; the class token and the patches carry positions.
 
     grid        rows and columns of the learned positions; other image sizes resample them
+    rope_base   not None: instead queries and keys of the patches are rotated by row and column, with periods up to it
+    norm_eps    of all norms
     patch_size  pixels
     dim         width D of the tokens
     ffn         "swiglu" for a gated feed-forward layer, else two matrices with GELU between them
@@ -61,21 +64,28 @@ class PlainViT(nn.Module):
         layerscale: bool,
         antialias: bool,
         position_offset: float,
+        rope_base: float | None,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         self.grid, self.patch_size = tuple(grid), patch_size
         self.embed_dim = self.num_features = dim
         self.num_register_tokens = num_registers
         self.antialias, self.position_offset = antialias, position_offset
+        self.rope_base, self.head_dim = rope_base, dim // heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
+        shape = 1, 1 + grid[0] * grid[1], dim
+        self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = nn.Sequential(
             OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size), flatten=nn.Flatten(2))
         )
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches of a rows x columns grid, (1, rows * columns, D), of the parameters' dtype."""
@@ -89,6 +99,19 @@ class PlainViT(nn.Module):
             options = {"scale_factor": scale}
         image = F.interpolate(image, mode="bicubic", antialias=self.antialias, **options)
         return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+    def rotation(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines (T, head_dim / 2) float32 of what rotary positions turn tokens by; None: learned ones."""
+        if self.rope_base is None:
+            return None
+        rows, columns = self.grid_of(images)
+        numbers = [torch.arange(count, device=images.device).float() for count in (rows, columns, self.head_dim // 4)]
+        turns = 2 * math.pi / self.rope_base ** (numbers[2] * 4 / self.head_dim)
+        places = ((number + 0.5) / count * 2 - 1 for number, count in zip(numbers, (rows, columns)))
+        by_row, by_column = (place[:, None] * turns for place in places)
+        angles = torch.cat([by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)], dim=-1)
+        angles = F.pad(angles.reshape(rows * columns, -1), (0, 0, 1 + self.num_register_tokens, 0))  # others stay
+        return angles.cos(), angles.sin()
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images (B, C, H, W); ValueError where the patch size does not divide H or
@@ -105,14 +128,15 @@ class PlainViT(nn.Module):
         images  (B, C, H, W) normalised, H and W multiples of the patch size; ValueError for others
         masks   (B, N) bool, True where a patch is replaced by the mask token
         """
-        positions = self.resampled_positions(*self.grid_of(images))
+        grid = self.grid_of(images)
         patches = self.patch_embed(images).transpose(1, 2)  # (B, N, D), row by row
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)]
-        if self.register_tokens is not None:
-            tokens.append(self.register_tokens.expand(images.shape[0], -1, -1))
-        return torch.cat([*tokens, patches + positions], dim=1)
+        cls_token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            cls_token, patches = cls_token + self.pos_embed[:, :1], patches + self.resampled_positions(*grid)
+        tokens = [cls_token] if self.register_tokens is None else [cls_token, self.register_tokens]
+        return torch.cat([*(each.expand(images.shape[0], -1, -1) for each in tokens), patches], dim=1)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
         """The tokens after the final norm by kind, and all of them before it; arguments as for `embed`.
@@ -120,9 +144,9 @@ class PlainViT(nn.Module):
         returns  {"x_norm_clstoken": (B, D), "x_norm_regtokens": (B, R, D), "x_norm_patchtokens": (B, N, D),
                  "x_prenorm": (B, T, D), "masks": as given}
         """
-        x = self.embed(images, masks)
+        x, rotation = self.embed(images, masks), self.rotation(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         normed, first = self.norm(x), 1 + self.num_register_tokens
         return {
             "x_norm_clstoken": normed[:, 0],  # (B, D)
@@ -155,9 +179,9 @@ class PlainViT(nn.Module):
         """
         depth = len(self.blocks)
         chosen = range(depth - n, depth) if isinstance(n, int) else n
-        x, outputs = self.embed(images), []
+        x, rotation, outputs = self.embed(images), self.rotation(images), []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, rotation)
             if index in chosen:
                 outputs.append(self.norm(x) if norm else x)
         if len(outputs) != len(chosen):
@@ -173,16 +197,16 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, ffn: str, hidden_dim: int, layerscale: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, heads)
         self.ls1 = ChannelScale(dim) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = GatedFFN(dim, hidden_dim) if ffn == "swiglu" else plain_ffn(dim, hidden_dim)
         self.ls2 = ChannelScale(dim) if layerscale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """Tokens (B, T, D) -> (B, T, D)."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -195,12 +219,20 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Tokens (B, T, D) -> (B, T, D); queries and keys are turned by a rotation, if there is one."""
         batch, tokens, dim = x.shape
         parts = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = parts.unbind(0)  # (B, heads, T, head_dim)
+        if rotation is not None:
+            q, k = turned(q, *rotation), turned(k, *rotation)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (B, heads, T, head_dim), channel i and i + head_dim / 2 rotated by an angle, in float32."""
+    one, other = x.float().chunk(2, dim=-1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1).to(x.dtype)
 
 
 class ChannelScale(nn.Module):

@@ -22,7 +22,7 @@ from dinoreg.runtime.errors import RunError, UserError, reworded
 CERTIFICATE = "certificate.json"
 
 
-def export(weights: str | Path, *, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
+def export(weights: str | Path, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
     """Write a model for another library, with a certificate that this library computes the same, and a model card.
 
     weights  a run folder, a weight file or random:NAME, as for `dinoreg.load`

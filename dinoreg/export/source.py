@@ -82,7 +82,9 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
         return model
     with torch.device("meta"):
         other = RegisterViT(**(model.architecture() | {"image_size": list(size)}))
-    resampling = model.antialias, model.position_offset
-    positions = resample_pos_embed(model.pos_embed, model.grid, other.grid, *resampling)
-    other.load_state_dict(model.state_dict() | {"pos_embed": positions}, assign=True)
+    state = model.state_dict()
+    if model.pos_embed is not None:
+        resampling = model.antialias, model.position_offset
+        state["pos_embed"] = resample_pos_embed(model.pos_embed, model.grid, other.grid, *resampling)
+    other.load_state_dict(state, assign=True)
     return other.eval().requires_grad_(False)

@@ -23,8 +23,8 @@ from dinoreg.jobs import entry, slurm
 from dinoreg.jobs.job_type import Arguments
 from dinoreg.jobs.options import NO_TIMEOUT
 from dinoreg.jobs.records import add_event, cancel_file, read_events
-from dinoreg.jobs.status import saved_step
 from dinoreg.runtime.errors import Interrupted, RunError, one_line
+from dinoreg.runtime.json_files import pointed_step
 from dinoreg.runtime.printable import print_status
 
 STUCK = 3  # restarts in a row without a new checkpoint that end a training
@@ -85,7 +85,7 @@ class Attempt:
     @property
     def step(self) -> int | None:
         """The step of the run's last checkpoint; None without one and for commands that do not train."""
-        return saved_step(self.command.run) if self.command.run else None
+        return pointed_step(self.command.run, "last") if self.command.run else None
 
     @property
     def advice(self) -> str:

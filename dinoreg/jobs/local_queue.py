@@ -100,11 +100,6 @@ def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int
     return [runner.pid, start_time(runner.pid) or 0]
 
 
-def is_alive(runner: Sequence[int]) -> bool:
-    """Whether the runner, [process id, start time], is alive; a later process with the same id does not count."""
-    return len(runner) == 2 and start_time(runner[0]) == runner[1]
-
-
 def read_state(launch: Path, job: str) -> dict[str, Any]:
     """{"state", "begun", "ended", "restarts"} of a local job, times in seconds since 1970; PENDING without a file."""
     return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0, **read_json(_state_file(launch, job))}

@@ -22,8 +22,9 @@ from dinoreg.jobs.records import (
     read_records,
 )
 from dinoreg.runtime.durations import clock
+from dinoreg.runtime.environment import is_alive
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number, parsed_object, read_json, read_text
+from dinoreg.runtime.json_files import is_number, parsed_object, pointed_step, read_json, read_text
 
 # Slurm's reasons in plain words.
 REASONS = {
@@ -150,7 +151,7 @@ def _status_of(launch: Path, record: Record, known: slurm.JobState | None, note:
 def _local_state(launch: Path, record: Record) -> slurm.JobState:
     content = local.read_state(launch, record.job)
     state, begun = str(content["state"]), content["begun"]
-    if state not in local.ENDED and not local.is_alive(record.runner):
+    if state not in local.ENDED and not (len(record.runner) == 2 and is_alive(*record.runner)):
         state = "GONE"
     elapsed = clock(time.time() - begun) if state == "RUNNING" and is_number(begun) else ""
     reason = "Dependency" if record.after else "Resources"
@@ -198,14 +199,8 @@ def _last_save(record: Record, events: Sequence[dict[str, Any]]) -> str:
     stopped = [line for line in events if line["event"] == "stopped"]
     if stopped:
         return str(stopped[-1].get("why", ""))
-    step = saved_step(record.run) if record.run else None
+    step = pointed_step(record.run, "last") if record.run else None
     return f"saved at step {step}" if step else ""
-
-
-def saved_step(run: str | Path) -> int | None:
-    """The step of a run's last checkpoint, from which it would resume; None without one."""
-    match = re.fullmatch(r"step_(\d+)", read_text(Path(run) / "checkpoints" / "last").strip())
-    return int(match[1]) if match else None
 
 
 def progress(record: Record) -> str:

@@ -5,13 +5,12 @@ float32, a cache-sized piece at a time, and keeps of the (n, K) matrix its gradi
 the logits: a float32 copy of the logits or of their softmax never exists.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinoreg.runtime.tiling import chunks, rows_per_chunk
+from dinoreg.runtime.tiling import chunks, rows_in_place, rows_per_chunk
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -19,67 +18,63 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     Rows are seen as (repeats, m, K): `repeats` blocks of m rows which all face the same m targets. Only the
     logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has log_softmax(z) at
-    hand and makes the gradient there: neither the logits nor the (float32) targets must live until the backward
-    pass, which only applies the upstream gradient.
+    hand and makes q - mass * softmax(z) there: neither the logits nor the (float32) targets must live until the
+    backward pass, which only applies the factors of rows and the upstream gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        logits, targets, student_temp, weights, mass = inputs
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
         weights = logits.new_ones(len(logits)) if weights is None else weights
         row_weights = weights.to(dtype).view(repeats, num_targets, 1)
-        scale = row_weights / student_temp
-        drawn = scale * targets.sum(dim=-1, keepdim=True, dtype=dtype)  # towards softmax(z), as `scale` is towards q
+        masses = row_weights.new_full((num_targets, 1), mass) if mass else targets.sum(-1, keepdim=True, dtype=dtype)
         grad = None
         if ctx.needs_input_grad[0]:
             # Before the loss scale has been applied, gradients of 1e-8 are common: too small for float16.
             grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
             grad = torch.empty(blocks.shape, dtype=grad_dtype, device=logits.device)
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
-        tile = (*_tile_shape(blocks), blocks.shape[-1])
-        first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
+        tiles = _tiles(blocks)
+        first, second = (torch.empty_like(blocks[tiles[0]] if tiles else blocks, dtype=dtype) for _ in range(2))
         zero = losses.new_zeros(1)  # adding it makes a product in its precision, without a copy of the logits
-        for block, rows in _tiles(blocks):
+        for block, rows in tiles:
             x, q = blocks[block, rows], targets[rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
             torch.log_softmax(torch.add(zero, x, alpha=1 / student_temp, out=product), dim=-1, out=scores)
             torch.sum(torch.mul(scores, q, out=product), dim=-1, out=losses[block, rows])
             if grad is not None:
-                scores.exp_().mul_(drawn[block, rows])
-                torch.addcmul(scores, q, scale[block, rows], value=-1, out=grad[block, rows])
-        ctx.save_for_backward(grad)
+                torch.addcmul(q, scores.exp_(), masses[rows], value=-1, out=grad[block, rows])
+        ctx.save_for_backward(grad, row_weights / -student_temp)
         ctx.logits_dtype = logits.dtype
         return -(losses * row_weights.squeeze(-1)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
+        grad, scale = ctx.saved_tensors
         # Not in place: the graph may be walked a second time.
         scaled = torch.empty(grad.shape, dtype=ctx.logits_dtype, device=grad.device)
-        torch.mul(grad, upstream, out=scaled)
-        return scaled.flatten(0, 1), None, None, None
+        scale = scale * upstream
+        repeats, num_targets, num_prototypes = grad.shape
+        for rows in chunks(0, num_targets, rows_in_place(num_targets, repeats * num_prototypes, grad.device)):
+            torch.mul(grad[:, rows], scale[:, rows], out=scaled[:, rows])
+        return scaled.flatten(0, 1), None, None, None, None
 
 
-def _tile_shape(blocks: Tensor) -> tuple[int, int]:
-    """How many (blocks, rows) to take at once: rows first, since the blocks share the targets of a row."""
+def _tiles(blocks: Tensor) -> list[tuple[slice, slice]]:
+    """Slices (of blocks, of rows) that cover all rows; rows first, since the blocks share the targets of a row."""
     repeats, num_targets, num_prototypes = blocks.shape
-    rows = min(max(1, num_targets), rows_per_chunk(num_prototypes, blocks.device))
-    return min(max(1, repeats), rows_per_chunk(num_prototypes * rows, blocks.device)), rows
+    num_rows = min(max(1, num_targets), rows_per_chunk(num_prototypes, blocks.device))
+    num_blocks = rows_per_chunk(num_prototypes * num_rows, blocks.device)
+    return [(block, rows) for rows in chunks(0, num_targets, num_rows) for block in chunks(0, repeats, num_blocks)]
 
 
-def _tiles(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices (of blocks, of rows) that cover all rows."""
-    repeats, num_targets, _ = blocks.shape
-    num_blocks, num_rows = _tile_shape(blocks)
-    for rows in chunks(0, num_targets, num_rows):
-        for block in chunks(0, repeats, num_blocks):
-            yield block, rows
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None) -> Tensor:
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None, mass: float | None = None
+) -> Tensor:
     """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k (DINO section 3.1).
 
     logits        (n, K)   student logits; n may be 0, which gives 0 and an empty gradient
@@ -88,6 +83,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, student_temp: float, wei
                            for example q1 + q2 with mass 2, which is H(q1, s) + H(q2, s)
     student_temp           > 0; 0.1 in the papers
     weights       (n,)     factor of each row; None: 1 for all
+    mass                   of every target, where the caller knows it: saves reading them once; None: their sums
     returns       ()       float32 (float64 for float64 logits): the sum in nats, not a mean
     raises                 ValueError for shapes that do not fit one another
 
@@ -103,7 +99,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, student_temp: float, wei
         raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
     if weights is not None and weights.shape != logits.shape[:1]:
         raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
-    return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights)
+    return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights, mass)
 
 
 def dino_loss(
@@ -115,8 +111,8 @@ def dino_loss(
 
     student_global  (2B, K)    logits, rows of view 1 first; B > 0
     student_local   (L*B, K)   logits, all images of local crop 1 first; None or no rows when L = 0
-    targets         (2B, K)    teacher targets in the same order as student_global: the two views are swapped
-                               HERE, so a caller must not swap them
+    targets         (2B, K)    teacher targets, each of which sums to one, in the same order as student_global: the two
+                               views are swapped HERE, so a caller must not swap them
     student_temp               > 0; 0.1 in the papers
     returns         (), ()     the loss of the global and of the local crops, in nats; float32 (float64 for float64)
     raises                     ValueError where the numbers of rows do not fit one another
@@ -136,8 +132,8 @@ def dino_loss(
         raise ValueError(f"student_local has {num_local_rows} rows; expected a multiple of {batch_size} images")
     num_pairs = 2 + 2 * (num_local_rows // batch_size)
     scale = 1 / (num_pairs * batch_size)
-    global_loss = scale * soft_cross_entropy(student_global, targets.roll(batch_size, dims=0), student_temp)
+    global_loss = scale * soft_cross_entropy(student_global, targets.roll(batch_size, dims=0), student_temp, mass=1.0)
     if student_local is None or num_local_rows == 0:
         return global_loss, torch.zeros_like(global_loss)
     both_views = targets[:batch_size] + targets[batch_size:]  # (B, K), mass 2
-    return global_loss, scale * soft_cross_entropy(student_local, both_views, student_temp)
+    return global_loss, scale * soft_cross_entropy(student_local, both_views, student_temp, mass=2.0)

@@ -9,7 +9,7 @@ def ibot_loss(logits: Tensor, targets: Tensor, weights: Tensor, num_crops: int, 
     """The cross-entropy of masked patches, averaged within each crop, then over all crops (iBOT, arXiv 2111.07832).
 
     logits        (M, K)   student logits of the masked patches of masked global crops; M may be 0
-    targets       (M, K)   teacher targets of the same patches, which the teacher sees unmasked
+    targets       (M, K)   teacher targets of the same patches, which the teacher sees unmasked; each sums to one
     weights       (M,)     1 / (number of masked patches of the patch's crop)
     num_crops              > 0: all 2B global crops, the unmasked ones included. With half of the crops masked the
                            value is half of the mean over masked crops
@@ -20,4 +20,4 @@ def ibot_loss(logits: Tensor, targets: Tensor, weights: Tensor, num_crops: int, 
     """
     if num_crops < 1:
         raise ValueError(f"num_crops is {num_crops}; expected the number of global crops, at least 1")
-    return soft_cross_entropy(logits, targets, student_temp, weights) / num_crops
+    return soft_cross_entropy(logits, targets, student_temp, weights, mass=1.0) / num_crops

@@ -23,56 +23,71 @@ SIZES: dict[str, dict[str, Any]] = {
     "b": {"dim": 768, "depth": 12, "heads": 12},
     "l": {"dim": 1024, "depth": 24, "heads": 16},
     "g": {"dim": 1536, "depth": 40, "heads": 24, "ffn": "swiglu"},
+    # DINOv3's (arXiv 2508.10104)
+    "splus": {"dim": 384, "depth": 12, "heads": 6, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "hplus": {"dim": 1280, "depth": 32, "heads": 20, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "7b": {"dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0},
 }
-
-
 PATCH_SIZES = (8, 14, 16)
+BASE = 100.0  # of the rotary positions of every published model
+# What DINOv3's models have in common, besides four registers and 16-pixel patches.
+DINOV3: dict[str, Any] = {"rope_base": BASE, "key_bias": False, "norm_eps": 1e-5}
 
-
-_NATIVE = re.compile(r"vit([tsblg])(\d+)_reg(\d+)")
-
-
-_META = re.compile(r"dinov2_vit([tsblg])(\d+)(_reg(\d*))?")
-
-
-_TIMM = re.compile(r"vit_(tiny|small|base|large|giant)_patch(\d+)_(?:reg(\d+)_)?dinov2(?:\.\w+)?")
-
-
-_TRANSFORMERS = re.compile(r"(?:facebook/)?dinov2-(with-registers-)?(small|base|large|giant)")
+# Ours, then those under which models are published. An empty group: there are four registers, or positions are rotary.
+_NAMES = (
+    r"vit(?P<size>[tsblgh]|7b)(?P<patch>\d+)(?P<plus>plus)?_reg(?P<registers>\d{1,4})(?P<rope>_rope)?",
+    r"dinov2_vit(?P<size>[tsblg])(?P<patch>\d+)(_reg(?P<registers>\d*))?",
+    r"vit_(?P<size>tiny|small|base|large|giant)_patch(?P<patch>\d+)_(reg(?P<registers>\d+)_)?dinov2(\.\w+)?",
+    r"(facebook/)?dinov2-(with-registers-(?P<registers>))?(?P<size>small|base|large|giant)",
+    r"(facebook/)?dinov3[-_]vit(?P<size>[sblh]|7b)(?P<patch>\d+)(?P<plus>plus)?(-pretrain-\w+)?(?P<registers>)(?P<rope>)",
+    r"vit_(?P<size>tiny|small|base|large|huge|7b)_(?P<plus>plus_)?patch(?P<patch>\d+)_dinov3(_qkvb)?(\.\w+)?"
+    r"(?P<registers>)(?P<rope>)",
+)
 
 
 def parse_name(name: str) -> dict[str, Any]:
     """The arguments of RegisterViT that a model name stands for.
 
-    name    vit{t,s,b,l,g}{8,14,16}_reg{R}, built for 224 pixels; or, built for the 518 pixels it was published with (or
-            the next lower multiple of the patch size), a name of Meta (dinov2_vits14_reg), timm
-            (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
+    name    vit{t,s,b,l,g}{8,14,16}_reg{R}, built for 224 pixels; with _rope at its end as DINOv3 has it, where there
+            are vits16plus_…, vith16plus_… and vit7b16_…, too; or, built for the pixels it was published with (224 for
+            DINOv3, else 518 or the next lower multiple of the patch size), a name of Meta (dinov2_vits14_reg,
+            dinov3_vits16), timm (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
     raises  UserError for other names and patch sizes
     """
-    size, patch, registers, published = _split_name(name.strip())
-    if patch not in PATCH_SIZES:
-        raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
-    options = {**SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
-    if published:
-        image_size = 518 // patch * patch
-        options |= {"image_size": image_size, "layerscale": 1.0} | resampling("meta", registers)
-    return options
+    size, patch, registers, rope, published = split_name(name.strip())
+    options = {"ffn_ratio": 4.0, **SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
+    if rope:
+        options |= DINOV3
+    elif published:
+        options |= {"image_size": 518 // patch * patch} | resampling("meta", registers)
+    return options | ({"layerscale": 1.0} if published else {})
 
 
-def _split_name(name: str) -> tuple[str, int, int, bool]:
-    """(size letter, patch size, registers, whether it is a published model's name)."""
-    if (match := _NATIVE.fullmatch(name)) and len(match[3]) < 5:
-        return match[1], int(match[2]), int(match[3]), False
-    if match := _META.fullmatch(name):
-        return match[1], int(match[2]), int(match[4] or 4) if match[3] else 0, True
-    if match := _TIMM.fullmatch(name):
-        return match[1][0], int(match[2]), int(match[3] or 0), True
-    if match := _TRANSFORMERS.fullmatch(name):
-        return match[2][0], 14, 4 if match[1] else 0, True
-    known = [f"vit{size}{patch}_reg4" for size in SIZES for patch in PATCH_SIZES]
+def split_name(name: str) -> tuple[str, int, int, bool, bool]:
+    """(size, patch size, registers, whether positions are rotary, whether it is a published model's name).
+
+    size    a key of `SIZES`
+    raises  UserError for other names and patch sizes
+    """
+    for number, pattern in enumerate(_NAMES):
+        said = match.groupdict() if (match := re.fullmatch(pattern, name)) else {"size": " "}
+        size = ("7b" if said["size"] == "7b" else said["size"][0]) + ("plus" if said.get("plus") else "")
+        if size in SIZES:
+            patch = int(said.get("patch", 14))
+            if patch not in PATCH_SIZES:
+                raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
+            registers = 0 if said["registers"] is None else int(said["registers"] or 4)
+            return size, patch, registers, said.get("rope") is not None, number > 0
+    known = [f"{stem(size, p)}_reg4{end}" for size in SIZES for p in PATCH_SIZES for end in ("", "_rope")]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"model {name!r} is not known; expected vit{{t,s,b,l,g}}{{8,14,16}}_reg<R>{hint}")
+    raise UserError(f"model {name!r} is not known; expected vit{{t,s,b,l,g}}{{8,14,16}}_reg<R>[_rope]{hint}")
+
+
+def stem(size: str, patch_size: int) -> str:
+    """What a name begins with: vits16, vits16plus, vit7b16; `size` is a key of `SIZES`."""
+    letter = size.removesuffix("plus")
+    return f"vit{letter}{patch_size}{size.removeprefix(letter)}"
 
 
 def build(name: str, **overrides: Any) -> RegisterViT:

@@ -2,8 +2,8 @@
 
 The sequence is always [class token, registers, patches]. Registers are learned, carry no position and are
 given up at the output; the class token and the patches carry a learned position that is resampled to the
-image's grid. Parameter names and shapes are those of the published DINOv2 weights, so that these load as
-they are.
+image's grid, or patches have rotary ones, as in DINOv3 (`rope.py`). Parameter names and shapes are those of the
+published DINOv2 weights, so that these load as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,20 +28,20 @@ from dinoreg.models.attention import (
 from dinoreg.models.layers import (
     FFN_KINDS,
     NORM_EPS,
+    Attention,
     Block,
     PatchEmbed,
-    Rows,
-    draw_orders,
-    first_of,
     init_linear_layers,
 )
+from dinoreg.models.rope import Rope
+from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
 # The constructor's arguments, besides the image size, that the weights depend on.
 ARCHITECTURE = (
     *("patch_size", "dim", "depth", "heads", "num_registers", "ffn", "ffn_ratio", "layerscale"),
-    *("in_channels", "antialias", "position_offset", "init_std"),
+    *("in_channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
 )
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
 
@@ -56,6 +56,10 @@ class Tokens(NamedTuple):
     def __repr__(self) -> str:
         shapes = (f"{name}={tuple(each.shape)}" for name, each in self._asdict().items())
         return f"Tokens({', '.join(shapes)})"
+
+
+# Packed tokens (S, D) before the first block, the groups' shapes, and what rotary positions turn them by.
+_Begun = tuple[Tensor, Shapes, list[Tensor] | None]
 
 
 class ChosenTokens(NamedTuple):
@@ -142,6 +146,9 @@ class RegisterViT(nn.Module):
                       (drop_path_uniform=False) growing linearly from 0 to it along the depth
     antialias, position_offset   how positions are resampled, see `resample_positions`
     init_std          standard deviation of every linear layer's initial weights
+    rope_base         None: positions are learned; else patches have rotary ones, of which this and the distortions in
+                      training, rope_shift, rope_jitter and rope_rescale, are those of `Rope`
+    key_bias          whether keys have a bias; norm_eps is that of all norms
     attention         "auto" | "xformers" | "varlen" | "sdpa" | "plain"
     checkpointing     recompute each block in the backward pass instead of storing its activations
     raises            UserError for a value out of its range and for sizes that do not divide
@@ -169,14 +176,21 @@ class RegisterViT(nn.Module):
         antialias: bool = True,
         position_offset: float = 0.0,
         init_std: float = 0.02,
+        rope_base: float | None = None,
+        rope_shift: float = 0.0,
+        rope_jitter: float = 1.0,
+        rope_rescale: float = 2.0,
+        key_bias: bool = True,
+        norm_eps: float = NORM_EPS,
         attention: str = "auto",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = as_pair(image_size, "image_size")
         self.grid = patch_grid(self.image_size, patch_size)
-        if dim % heads:
-            raise UserError(f"dim={dim} does not divide into heads={heads}")
+        rotary = rope_base is not None  # then a quarter of a head's channels is of rows, in pairs with another quarter
+        if dim % (4 * heads if rotary else heads):
+            raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if rotary else ''}")
         if ffn not in FFN_KINDS:
             raise UserError(f"ffn={ffn!r} is not known; expected one of {', '.join(FFN_KINDS)}")
         if not 0 <= drop_path < 1:
@@ -188,11 +202,14 @@ class RegisterViT(nn.Module):
         self.dim, self.depth, self.heads, self.num_registers = dim, depth, heads, num_registers
         self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
+        self.rope_base, self.key_bias, self.norm_eps = rope_base, key_bias, norm_eps
+        self.rope = None if rope_base is None else Rope(rope_base, rope_shift, rope_jitter, rope_rescale)
         self.attention_backend = check_backend(attention)
         self.checkpointing = checkpointing
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
+        shape = 1, 1 + self.grid[0] * self.grid[1], dim
+        self.pos_embed = None if self.rope else nn.Parameter(torch.empty(shape))
         self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
@@ -200,7 +217,12 @@ class RegisterViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate) for rate in rates
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
+            elif isinstance(module, Attention):
+                module.key_bias = key_bias
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -209,7 +231,8 @@ class RegisterViT(nn.Module):
         The patch embedding is left as it is: after construction, PyTorch's default for convolutions.
         """
         init_linear_layers(self, self.init_std)
-        nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
         nn.init.normal_(self.cls_token, std=TOKEN_STD)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=TOKEN_STD)
@@ -225,7 +248,7 @@ class RegisterViT(nn.Module):
     # ---------------------------------------------------------------- embedding
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Patchify, hide masked patches, add positions, then prepend the class and register tokens.
+        """Patchify, hide masked patches, add learned positions, then prepend the class and register tokens.
 
         images  (B, C, H, W)   height and width divisible by the patch size
         mask    (B, N) bool    True where a patch is replaced by the mask token, before positions are added
@@ -233,19 +256,33 @@ class RegisterViT(nn.Module):
         raises                 UserError for images or a mask of another shape, and for a mask that is not bool
         """
         x = self.patch_embed(images)  # (B, N, D)
-        batch = x.shape[0]
-        target = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if mask is not None:
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
                 raise UserError(
                     f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
                 )
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
-        if self.register_tokens is not None:
-            tokens.append(self.register_tokens.expand(batch, -1, -1))
-        where = self.grid, target, self.antialias, self.position_offset
-        return torch.cat([*tokens, x + resample_positions(self.pos_embed[:, 1:], *where)], dim=1)
+        cls_token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            where = self.grid, self._grid_of(images), self.antialias, self.position_offset
+            cls_token = cls_token + self.pos_embed[:, :1]
+            x = x + resample_positions(self.pos_embed[:, 1:], *where)
+        tokens = [cls_token] if self.register_tokens is None else [cls_token, self.register_tokens]
+        return torch.cat([*(each.expand(len(x), -1, -1) for each in tokens), x], dim=1)
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+
+    def rope_tables(self, images: Sequence[Tensor]) -> list[Tensor] | None:
+        """What rotary positions turn queries and keys of groups of images by (`Rope.tables`); None: they do not."""
+        if self.rope is None:
+            return None
+        grids, first = [self._grid_of(group) for group in images], 1 + self.num_registers
+        return self.rope.tables(grids, first, self.dim // self.heads, self.cls_token, self.training)
+
+    def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
+        groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
+        return *_pack(groups), self.rope_tables(images)
 
     # ---------------------------------------------------------------- forward
 
@@ -270,13 +307,15 @@ class RegisterViT(nn.Module):
             if patches is not None or not (mask is None or isinstance(mask, Tensor)):
                 raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
             images, mask = [images], [mask]
+        elif not isinstance(images, Sequence):
+            raise UserError(f"{type(images).__name__}: expected a tensor, as dinoreg.transform(model)(picture)[None]")
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
-        groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
-        x, shapes = _pack(groups)
+        begun = self._begin(images, masks)
+        shapes = begun[1]
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
-        x = self.norm(self._run(x, shapes, self.depth, packed, rows=rows))
+        x = self.norm(self._run(begun, self.depth, packed, rows=rows))
         if patches is None:
             outputs = self._split(x, shapes)
             return outputs if packed else outputs[0]
@@ -289,22 +328,22 @@ class RegisterViT(nn.Module):
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
     def _run(
-        self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None
+        self, begun: _Begun, stop: int, packed: bool = False, start: int = 0, rows: Tensor | None = None
     ) -> Tensor:
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
+        x, shapes, tables = begun
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        orders = None
-        if packed and self.training and any(block.drop_path for block in self.blocks):
-            orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
+        rates: list[Any] = [block.drop_path for block in self.blocks for _ in range(2) if packed and self.training]
+        drawn = iter(
+            draw_kept(shapes, list(filter(None, rates)), x.device) if any(rates) else ()
+        )  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             assert isinstance(block, Block)
-            kept = None
-            if orders is not None and block.drop_path:
-                kept = [first_of(order, block.drop_path) for order in orders[2 * index : 2 * index + 2]]
-            arguments = (x, shapes, backends, packed, selected, kept, packed and not again)
+            kept = [next(drawn), next(drawn)] if rates and block.drop_path else None
+            arguments = (x, shapes, backends, packed, selected, kept, packed and not again, tables)
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 
@@ -316,8 +355,8 @@ class RegisterViT(nn.Module):
         images  (B, C, H, W)
         returns (B, T, D)
         """
-        x, shapes = _pack([self.embed(images)])
-        return _unpack(self._run(x, shapes, self.depth), shapes)[0]
+        begun = self._begin([images])
+        return _unpack(self._run(begun, self.depth), begun[1])[0]
 
     def get_intermediate_layers(
         self,
@@ -344,8 +383,7 @@ class RegisterViT(nn.Module):
         for tokens in self.intermediate_tokens(images, sorted(chosen), norm):
             patches = tokens.patches
             if reshape:
-                rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-                patches = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+                patches = patches.transpose(1, 2).unflatten(2, self._grid_of(images)).contiguous()
             outputs.append((patches, tokens.cls) if return_class_token else patches)
         return tuple(outputs)
 
@@ -357,29 +395,30 @@ class RegisterViT(nn.Module):
         norm    apply the final norm to every block's output
         returns one Tokens per block
         """
-        x, shapes = _pack([self.embed(images)])
+        x, shapes, tables = self._begin([images])
         outputs: list[Tokens] = []
         start = 0
         for index in blocks:
-            x = self._run(x, shapes, index + 1, start=start)
+            x = self._run((x, shapes, tables), index + 1, start=start)
             start = index + 1
             outputs += self._split(self.norm(x) if norm else x, shapes)
         return outputs
 
-    def qkv(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, images: Tensor, layer: int = -1, turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one block's attention, each (B, heads, T, head_dim).
 
         images (B, C, H, W)
         layer  index of the block, from 0, or from the end if negative
+        turned by rotary positions, as attention has them; False: as they are projected
         raises UserError for a block that the model does not have
         """
         index = self._layer(layer)
-        x, shapes = _pack([self.embed(images)])
-        x = self._run(x, shapes, index)
+        x, shapes, tables = self._begin([images])
+        x = self._run((x, shapes, tables), index)
         block = self.blocks[index]
         assert isinstance(block, Block)
-        parts = block.attn.project(block.norm1(x)).unflatten(0, shapes[0])  # (B, T, 3, heads, head_dim)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = block.attn.project(block.norm1(x), shapes, tables if turned else None)
+        q, k, v = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
@@ -390,7 +429,7 @@ class RegisterViT(nn.Module):
         returns (B, heads, T, T)   float32; rows (queries) sum to one
         raises                     UserError for a block that the model does not have
         """
-        q, k, _ = self.qkv(images, layer)
+        q, k, _ = self.qkv(images, layer, turned=True)
         return attention_weights(q.float(), k.float())
 
     def _layer(self, layer: int) -> int:
@@ -406,18 +445,19 @@ def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
 
 
-def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Rows:
-    """Of each group the class tokens, then the selected patches; `first` tokens come before an image's patches."""
-    tokens, images = [], []
-    token, image = 0, 0  # of all groups before
+def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
+    """The numbers, among all tokens, of each group's class tokens, then of its selected patches (n,).
+
+    first  tokens come before an image's patches
+    """
+    rows, start = [], 0
     for (count, length), chosen in zip(shapes, patches, strict=True):
-        num_patches = length - first
-        everyone = torch.arange(count, device=chosen.device)
-        owner = torch.div(chosen, num_patches, rounding_mode="floor")
-        tokens += [token + everyone * length, token + owner * length + first + chosen % num_patches]
-        images += [image + everyone, image + owner]
-        token, image = token + count * length, image + count
-    return Rows(torch.cat(tokens), torch.cat(images))
+        rows.append(torch.arange(start, start + count * length, length, device=chosen.device))
+        rows.append(
+            chosen + (chosen // (length - first) + 1) * first + start
+        )  # after those of its image and all before
+        start += count * length
+    return torch.cat(rows)
 
 
 def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:

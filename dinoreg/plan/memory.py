@@ -138,7 +138,7 @@ def _crops_ahead(job: Job) -> int:
     """Bytes of the crops of all batches that a process prepares ahead: bytes, and on a CPU the augmented floats."""
     config = job.config
     crops, _ = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
-    pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
+    pixels = 2 * (crops.global_size**2 + (config.loss.anchor_size or 0) ** 2) + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
     return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
 
@@ -161,7 +161,8 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
 
 def checkpoint_size(job: Job) -> int:
     """Bytes of one training state, of all processes together."""
-    return STATE_BYTES * job.sizes.student + 4 * job.sizes.centers
+    anchor = sum(p.numel() for p in job.sizes.networks.backbone.parameters()) if job.config.loss.gram_weight > 0 else 0
+    return STATE_BYTES * job.sizes.student + 4 * (job.sizes.centers + anchor)
 
 
 def checkpoint_copy(job: Job) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.plan import devices
 from dinoreg.plan.advice import Remedy
 from dinoreg.plan.devices import gib
@@ -136,8 +138,8 @@ class Plan:
         return f"<plan of {self.job.config.model.name}: {self.verdict}{first}>"
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=110, soft_wrap=True, highlight=False)
-        self.show(console)
+        quiet: dict[str, Any] = {"file": io.StringIO(), "force_jupyter": False}  # where it would display each line
+        self.show(console := Console(record=True, width=110, soft_wrap=True, highlight=False, **quiet))
         return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
     @property
@@ -215,7 +217,7 @@ class Plan:
         """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
         with reworded(f"out={path}: cannot be written", OSError):
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            write_atomic(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path
 
     def show(self, console: Console | None = None) -> None:
@@ -261,22 +263,15 @@ class Plan:
             },
             most_gradients=most_gradients,
             PROBE_BATCH=PROBE_BATCH,
+            size=decimal,
             **{name: getattr(devices, name) for name in ALLOWANCES},
-            **{each.__name__: each for each in (gib, size, about, moment, number, millions, rounded)},
+            **{each.__name__: each for each in (gib, about, moment, number, millions, rounded)},
         )
         return text.strip()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers
-
-
-def size(count: float) -> str:
-    """Bytes of traffic or files in GB, MB, kB or B (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def moment(seconds: float) -> str:

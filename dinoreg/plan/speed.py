@@ -143,7 +143,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
     with _threads(config.threads), torch.random.fork_rng(devices=[device] if cuda else []):
         tutor = load_tutor(config, device, dtype)
         student, teacher = build_networks(config, tutor)
-        anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
+        anchor = build_networks(config)[1].backbone if config.loss.anchored else None
         state = build_state(config, student, teacher, device, dtype, anchor, tutor=tutor)
         if config.model.compile:
             compile_blocks(state.student, state.teacher)

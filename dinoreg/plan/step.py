@@ -13,7 +13,7 @@ from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
 from dinoreg.train.tutor import Tutor, as_cut
 
-NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
+NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05, gram=True)
 
 
 def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtype) -> None:
@@ -57,6 +57,8 @@ def masked_batch(
     """
     count = config.batch_size
 
+    anchor_size = config.loss.anchor_size
+
     def pixels(rows: int, size: int) -> Tensor:
         return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)
 
@@ -70,4 +72,5 @@ def masked_batch(
         sample_ids=np.arange(count),
         position=count,
         data_time=0.0,
+        anchor_crops=pixels(2 * count, anchor_size) if anchor_size else None,
     )

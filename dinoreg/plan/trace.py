@@ -144,7 +144,7 @@ def _fake_state(
     """A run's training state of fake tensors, sharded over `mesh` if given; FakeTensorMode must be active."""
     with torch.device("meta"):  # where drawing start weights costs nothing
         student, teacher = build_networks(config, tutor)
-        anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
+        anchor = build_networks(config)[1].backbone if config.loss.anchored else None
     for network in (student, teacher, anchor):
         if network is not None:
             _give_fake_parameters(network)

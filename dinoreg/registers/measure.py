@@ -24,7 +24,7 @@ from dinoreg.registers.test_time import Fitted, fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.progress import show_progress
-from dinoreg.visualize.norms import histogram
+from dinoreg.visualize.norms import histogram, joined, token_norms
 
 BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
 SHOWN = 6  # images whose maps are drawn
@@ -79,7 +79,7 @@ def measure(
 
     seed      of probes, picked patches and noise
     progress  called with the name of each part as it begins
-    raises    RunError where a norm is not finite, UserError where the images do not fit the encoder
+    raises    RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
@@ -192,16 +192,13 @@ class _Inspection:
         self.progress("norms")
         norms, cosines = [], []
         for rows in self.batches("norms"):
-            batch = self.images[rows]
-            layers = self.encoder.layers(batch, range(self.encoder.depth), norm=False)
-            sequences = (torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in layers)
-            norms.append(torch.stack([sequence.norm(dim=-1) for sequence in sequences]).cpu())
-            embedded = self.encoder.module.patch_embed(self.encoder.prepare(batch))
-            cosines.append(measures.neighbour_cosine(embedded, self.grid).cpu())
-        special, patches = torch.cat(norms, dim=1).tensor_split([self.first], dim=2)
-        if not torch.isfinite(patches).all():
-            raise RunError(f"{self.encoder.name}: the norm of a patch is not finite")
-        return patches, special, torch.cat(cosines)
+            batch = self.encoder.prepare(self.images[rows])
+            norms.append(token_norms(self.encoder.module, batch))
+            cosines.append(measures.neighbour_cosine(self.encoder.module.patch_embed(batch), self.grid).cpu())
+        cls, registers, patches = joined(norms)
+        if not torch.isfinite(patches).all() or not patches[-1].any():
+            raise RunError(f"{self.encoder.name}: the norms of its patches are not finite, or all zero")
+        return patches, torch.cat([cls[..., None], registers], dim=2), torch.cat(cosines)
 
     def attention(self, outliers: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Maps (k, 1 + R, h, w) of the first images, and how the class token shares its attention out in the last

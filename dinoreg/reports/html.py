@@ -17,6 +17,7 @@ from PIL import Image
 from dinoreg.checkpoint.run_folder import Probe
 from dinoreg.reports.plots import Chart, darkened, draw_chart
 from dinoreg.runtime.json_files import is_number, number
+from dinoreg.runtime.regular_files import read_regular
 from dinoreg.runtime.templates import render
 
 
@@ -30,14 +31,13 @@ class Picture:
     note: str = ""
 
 
+@dataclass(frozen=True, repr=False)
 class WithPage:
-    """A result that has a page, by which it is shown in a notebook."""
+    """A result that has a page, the path of an HTML file by which it is shown in a notebook."""
 
     page: Path
 
-    def _repr_html_(self) -> str | None:
-        if not self.page.is_file():
-            return None
+    def _repr_html_(self) -> str:
         shown = html.escape(self.page.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{shown}" style="width: 100%; height: 40em; border: 0; resize: vertical"></iframe>'
 
@@ -91,13 +91,14 @@ def charts(items: Iterable[Chart]) -> list[tuple[Chart, str, str]]:
 def picture(path: Path, description: str, note: str = "") -> Picture | None:
     """A picture file, as WebP where that is smaller; None when it cannot be read."""
     try:
-        with Image.open(path) as image:
+        original = read_regular(path)
+        with Image.open(io.BytesIO(original)) as image:
             image.load()
             buffer = io.BytesIO()
             image.save(buffer, format="WEBP", quality=88, method=4)
-    except (OSError, ValueError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    original, smaller = path.read_bytes(), buffer.getvalue()
+    smaller = buffer.getvalue()
     source = _data("image/webp", smaller) if len(smaller) < len(original) else _data("image/png", original)
     return Picture(source, image.width, description, note)
 

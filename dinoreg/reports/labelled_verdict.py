@@ -11,7 +11,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
 from dinoreg.reports.verdict import Verdict, in_words
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import score, with_interval
 
 USE_PUBLIC, GO_ON, LONGER = "use the public backbone", "go on from it", "train longer"
 OWN, MORE = "use your own", "more labels needed to tell"
@@ -117,15 +117,11 @@ def labels_in_words(needed: Mapping[str, float], fewest: int, most: int) -> str:
 def in_short(record: Mapping[str, Any]) -> list[str]:
     """The record in lines for the terminal: accuracies, differences, labels, the advice."""
     roles, count = record["contenders"], record["data"]["n_test"]
-    lines = [f"{NAMES[role]} ({each['name']}): {_figure(each['logistic'])}" for role, each in roles.items()]
+    lines = [f"{NAMES[role]} ({each['name']}): {with_interval(**each['logistic'])}" for role, each in roles.items()]
     for row in _differences(record):
         lines.append(f"your own against {row[0]}: {row[1]}; k-NN {row[2]}")
     lines += [f"labels for {what}: {said}" for what, said in _labels(record)]
     return [f"{record['data']['title']}, logistic regression on {count:,} pictures", *lines]
-
-
-def _figure(row: Mapping[str, float]) -> str:
-    return f"{score(row['value'])} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def _differences(record: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from rich.table import Table
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.checkpoint.run_state import SPOKEN, RunState, state_of
-from dinoreg.checkpoint.steps import PROBED, pointed_step
+from dinoreg.checkpoint.steps import PROBED
 from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number, number, read_json
+from dinoreg.runtime.json_files import is_number, number, pointed_step, read_json
 from dinoreg.runtime.printable import in_markup
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import score, with_interval
 
 NAMES = {"knn_top1": "k-NN", "rankme": "RankMe", "dense_miou": "mIoU", "dse": "DSE"}
 SHARES = ("knn_top1", "dense_miou")
@@ -38,9 +37,9 @@ class Figure(NamedTuple):
         return f"{NAMES[self.metric]} {score(self.value) if self.metric in SHARES else f'{self.value:.4g}'}"
 
     def __str__(self) -> str:
-        known = self.metric in SHARES and not math.isnan(self.low + self.high)
-        interval = f" [{100 * self.low:.1f}, {100 * self.high:.1f}]" if known else ""
-        return f"{self.short}{interval} at step {self.step:,}"
+        whole = with_interval(self.value, self.low, self.high)
+        told = f"{NAMES[self.metric]} {whole}" if self.metric in SHARES else self.short
+        return f"{told} at step {self.step:,}"
 
 
 def probed(run: Run) -> tuple[Figure | None, Figure | None]:

@@ -81,6 +81,11 @@ def start_time(process: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def is_alive(process: object, started: object) -> bool:
+    """Whether the process of that number and `start_time` lives; a later one with the number does not count."""
+    return type(process) is int and started is not None and start_time(process) == started
+
+
 def total_memory() -> int | None:
     """Bytes of main memory of this machine; None: unknown."""
     try:

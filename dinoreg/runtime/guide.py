@@ -27,8 +27,7 @@ def next_commands(name: str, values: Mapping[str, Any], case: str = "") -> list[
 
 def next_lines(name: str, values: Mapping[str, Any], case: str = "") -> list[str]:
     """These commands as they are said: "next: dinoreg …" and "  or: dinoreg …", a line each."""
-    starts = "next:", *["  or:"] * 9
-    return [f"{start} {command}" for start, command in zip(starts, next_commands(name, values, case))]
+    return [f"{'  or' if place else 'next'}: {each}" for place, each in enumerate(next_commands(name, values, case))]
 
 
 def after_training(run: object, labelled: Any, data: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +10,29 @@ from typing import Any
 
 from dinoreg.runtime.regular_files import open_regular
 
+STEP_NAME = re.compile(r"step_([0-9]+)")  # of a checkpoint and its teacher file
 _MAX_BYTES = 1 << 30
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, "" where it cannot be read; bytes that are not UTF-8 are replaced."""
+def read_text(path: Path, most: int = _MAX_BYTES) -> str:
+    """The first `most` bytes of a file as text, "" where it cannot be read; what is not UTF-8 is replaced."""
     try:
         with open_regular(path) as file:
-            return file.read(_MAX_BYTES).decode("utf-8", errors="replace")
+            return file.read(most).decode("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def read_pointer(folder: Path, name: str) -> str | None:
+    """What `last` or `best` in a run's folder `checkpoints` names, as step_0001250; None without one."""
+    target = read_text(folder / name, 100).strip()
+    return target if STEP_NAME.fullmatch(target) else None
+
+
+def pointed_step(run: str | Path, pointer: str) -> int | None:
+    """The step that `last` or `best` of a run folder points to; None without one."""
+    target = read_pointer(Path(run) / "checkpoints", pointer)
+    return int(target.removeprefix("step_")) if target else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,10 @@ import time
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
+
+from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +61,13 @@ def load_array(path: str | os.PathLike[str], mmap_mode: Literal["r"] | None = No
             return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
         except (SyntaxError, EOFError, MemoryError, OverflowError, TypeError, tokenize.TokenError) as error:
             raise ValueError(f"not a whole .npy file ({type(error).__name__})") from None
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file at whose end to write; UserError for a link, which may lead anywhere, and for a pipe."""
+    if path.is_symlink() or path.is_fifo():
+        raise UserError(f"{path}: is a link or a pipe; expected a file of this folder's own")
+    return open(path, "a")
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -1,10 +1,11 @@
 """Jinja templates, in the folder `templates/` beside the code that renders them.
 
 In `*.html.j2` every value is escaped for HTML and no line breaks between a number and its unit, in `*.md.j2` it is
-escaped for Markdown; `| safe` marks trusted text. In `*.txt.j2` what a terminal would obey is written as escapes. A
-variable without a value is an error.
+escaped for Markdown; `| safe` marks trusted text. In all what a terminal would obey is written as escapes. A variable
+without a value is an error.
 """
 
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def escape_markdown(value: object) -> str:
 
 def _keep_units(value: object) -> object:
     """A text with no line break between a number and its unit; markup, which has been through this, as it is."""
-    return _UNIT.sub("\u00a0", value) if type(value) is str else value
+    return _UNIT.sub("\u00a0", printable(value, keep="\n\t")) if type(value) is str else value
 
 
 def _escape_text(value: object) -> object:
@@ -68,6 +69,11 @@ def score(value: float, unit: str = "share") -> str:
     if unit != "share":
         return f"{value:.3g} {unit}"
     return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
+
+
+def with_interval(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """A share with its interval, 0.18 -> 18.0 % [12.9, 23.7]; without one where an end is NaN."""
+    return score(value) + ("" if math.isnan(low + high) else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def position(value: float, low: float, high: float) -> str:

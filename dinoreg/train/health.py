@@ -236,7 +236,7 @@ REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
     "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
     "data.weights), or use a checkpoint from before the fall.",
     "dense-decay": "For dense tasks use `best` by its patches (probe.metric=dense_miou or dse) or a shorter run; lower "
-    "the learning rate, or with init= raise loss.anchor_weight.",
+    "the learning rate, hold patches with loss.gram_weight=1, or with init= raise loss.anchor_weight.",
 }
 
 

@@ -5,12 +5,9 @@ the file it came from: it is what a resumed run rebuilds its anchor from.
 """
 
 import copy
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from dinoreg.checkpoint.format import write_weights
 from dinoreg.config.load import Config
@@ -70,12 +67,8 @@ def copy_init(config: Config, out: Path, init: InitialWeights, backbone: Registe
     """
     if _has_copy(config, out):
         return
-    path = out / COPY
     tensors = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    try:
-        write_weights(path, tensors, {"step": 0, "architecture": backbone.architecture(), "init": init.origin})
-    except SafetensorError as error:  # of a full disk, too
-        raise OSError(errno.EIO, f"{path.name}: {error}") from None
+    write_weights(out / COPY, tensors, {"step": 0, "architecture": backbone.architecture(), "init": init.origin})
 
 
 def _has_copy(config: Config, out: Path) -> bool:

@@ -24,6 +24,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.runtime.durations import clock
 from dinoreg.runtime.errors import one_line
 from dinoreg.runtime.printable import printable
+from dinoreg.runtime.regular_files import open_to_append
 from dinoreg.train.trackers import Tracker
 
 logger = logging.getLogger("dinoreg")
@@ -251,6 +252,9 @@ class LineFile:
 
 class _LogFile(logging.FileHandler):
     """train.log. A line that a full disk refuses is dropped silently, since it is on the console as well."""
+
+    def _open(self) -> Any:
+        return open_to_append(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
 from dinoreg.runtime.guide import after_training, next_lines
 from dinoreg.runtime.json_files import flatten, read_json
+from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
 from dinoreg.train.data_watch import DataWatch
@@ -42,7 +43,7 @@ from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
-from dinoreg.train.trackers import open_trackers
+from dinoreg.train.trackers import Remote, begin_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         check_shared(out, ranks)
         newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
         with ranks.collective_errors():
-            if ranks.is_main:
-                claim_folder(config, out, setup.init, setup.teacher.backbone)
-                if setup.probe is not None:
-                    write_probed(out, setup.probe, config)
+            trackers = claim(setup, newest is not None) if ranks.is_main else {}
         state = setup.new_state()
         writer = setup.open_writer()
         if newest is not None:
@@ -77,7 +75,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         if config.resume and state.step == 0:
             messages.append(f"nothing to resume in {out}: starting at step 0")
         with ranks.collective_errors():
-            log = open_log(config, out, state.step, setup.num_steps, ranks)
+            log = open_log(setup, state.step, trackers)
         with log:
             monitor = build_monitor(setup, state, log)
             probes = None
@@ -111,17 +109,27 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     return out
 
 
-def open_log(config: Config, out: Path, step: int, num_steps: int, ranks: Ranks) -> SilentLog:
+def claim(setup: Setup, resumes: bool) -> dict[str, Remote]:
+    """Begin the trackers of a run, which are returned, and then its folder; UserError where either cannot be."""
+    config, out = setup.config, setup.out
+    trackers = begin_trackers(out, resumes, config.log.to, flatten(asdict(config)))
+    claim_folder(config, out, setup.init, setup.teacher.backbone)
+    if setup.probe is not None:
+        write_probed(out, setup.probe, config)
+    return trackers
+
+
+def open_log(setup: Setup, step: int, trackers: Mapping[str, Remote]) -> SilentLog:
     """The log of a run: files and console on rank 0, a silent one on the others.
 
-    step       that the run starts or resumes at
-    num_steps  of the run, to its end
-    raises     UserError for a tracker that cannot be begun
+    step      that the run starts or resumes at
+    trackers  that `claim` has begun
+    raises    UserError for a log that is a link
     """
-    if not ranks.is_main:
+    if not setup.ranks.is_main:
         return SilentLog()
-    trackers = open_trackers(out, step, config.log.to, config.log.tensorboard, flatten(asdict(config)))
-    return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
+    opened = open_trackers(setup.out, step, trackers, setup.config.log.tensorboard)
+    return RunLog(setup.out, step=step, num_steps=setup.num_steps, trackers=opened)
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
@@ -241,7 +249,11 @@ class Patience:
         self.said = self.said if seconds > self.said else 0.0
         if seconds > max(10.0, 3 * self.said):
             self.said = seconds
-            self.log.say(f"data: a batch is waited for since {seconds:.0f} s{which}", logging.WARNING)
+            line = f"data: a batch is waited for since {seconds:.0f} s{which}"
+            if self.ranks.is_main:
+                self.log.say(line, logging.WARNING)
+            else:
+                print_status(line)
 
     def for_others(self) -> None:
         """While other processes, perhaps, wait for their data: have them hear of a signal that only this one got."""
@@ -307,14 +319,13 @@ def every(period: int, step: int) -> bool:
 def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
     """Log model, device, data, messages and config, and write environment.json into the run folder."""
     config, path = setup.config, setup.out / "environment.json"
-    now = environment()
+    backbone, now = state.student.backbone, environment()
     notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
-    write_atomic(path, json.dumps(now, indent=1) + "\n")
-    backbone = state.student.backbone
     parameters = sum(p.numel() for p in backbone.parameters())
     num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
     precision = "tf32" if config.precision == "tf32" else str(setup.dtype)[6:]
     attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
+    write_atomic(path, json.dumps(now | {"attention": attention}, indent=1) + "\n")
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {precision}, "
         f"attention {attention}, {len(setup.source):,} images, {setup.num_steps:,} steps of {setup.global_batch_size} "

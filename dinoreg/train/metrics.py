@@ -30,6 +30,7 @@ LOSS_NAMES = {
     "koleo_loss": "koleo",
     "diet_loss": "diet",
     "anchor_loss": "anchor",
+    "gram_loss": "gram",
     "distill_cls_loss": "distill_cls",
     "distill_patch_loss": "distill_patch",
 }

@@ -5,6 +5,8 @@ multiplier and last-layer flag share one group.
 """
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,9 +76,11 @@ class GroupsAdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW, which counts the steps of all groups at once: one kernel a group in place of three.
 
     found_inf  () 1.0: the next steps change nothing; None: they do
+    divisors   {"backbone": (), …} by which the gradients of a module are divided, in the same pass; {}: as they are
     """
 
     found_inf: Tensor | None = None
+    divisors: Mapping[str, Tensor] = MappingProxyType({})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -87,14 +91,14 @@ class GroupsAdamW(torch.optim.AdamW):
             self._init_group(group, *lists)
             parts.append([[local(tensor) for tensor in tensors] for tensors in lists])
         counts = [count for *_, steps in parts for count in steps]
-        torch._foreach_add_(counts, 1)
+        taken: Any = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        torch._foreach_add_(counts, [taken] * len(counts))
         for group, lists in zip(self.param_groups, parts, strict=True):
             rates = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             if lists[0]:
                 beta1, beta2 = group["betas"]
-                torch._fused_adamw_(*lists, **rates, beta1=beta1, beta2=beta2, found_inf=self.found_inf)
-        if self.found_inf is not None:
-            torch._foreach_sub_(counts, [self.found_inf] * len(counts))
+                rates |= {"grad_scale": self.divisors.get(group["module"]), "found_inf": self.found_inf}
+                torch._fused_adamw_(*lists, **rates, beta1=beta1, beta2=beta2)
 
 
 def build_optimizer(student: nn.ModuleDict, depth: int, layer_decay: float, options: OptimConfig) -> GroupsAdamW:
@@ -130,22 +134,23 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
         group["weight_decay"] = now.weight_decay * group["wd_multiplier"]
 
 
-def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
-    """Clip the gradients of the backbone and of each head to an L2 norm of `max_norm`, each on its own.
+def clip_gradients(
+    student: nn.ModuleDict, max_norm: float | None, optimizer: GroupsAdamW, loss_scale: Tensor
+) -> dict[str, Tensor]:
+    """Have the next step undo the loss scale and clip the backbone and each head, each alone, to this L2 norm.
 
-    max_norm  0 or None: no clipping; 3 in DINOv2
-    returns   {"grad_norm_backbone": (), …}  norms before clipping, on the device, of the full gradient however it is
-              sharded; none for a module without gradients (frozen)
+    max_norm       0 or None: no clipping; 3 in DINOv2
+    loss_scale ()  by which gradients are too large
+    returns        {"grad_norm_backbone": (), …}  norms before clipping, on the device, of the full gradient however it
+                   is sharded; none for a module without gradients (frozen)
     """
-    norms = {}
+    norms, optimizer.divisors = {}, {}
     for name, module in student.items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if not gradients:
-            continue
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if max_norm:
-            torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)
-        norms[f"grad_norm_{name}"] = full_tensor(norm)
+        if gradients:
+            norm = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True)) / loss_scale
+            too_large = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else 1.0
+            norms[f"grad_norm_{name}"], optimizer.divisors[name] = norm, loss_scale * too_large
     return norms
 
 
@@ -158,27 +163,13 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
 
     Both networks have the same parameters and are sharded alike, or not at all: each process updates its own part.
     """
-    pairs = [
-        (local(average), local(current))
-        for average, current in zip(teacher.parameters(), student.parameters(), strict=True)
-        if current.requires_grad
-    ]
-    averages, currents = ([pair[side] for pair in pairs] for side in (0, 1))
+    pairs = [pair for pair in zip(teacher.parameters(), student.parameters(), strict=True) if pair[1].requires_grad]
+    averages, currents = ([local(pair[side]) for pair in pairs] for side in (0, 1))
     if momentum < 0.5:  # the form below is not exact at 0
         torch._foreach_lerp_(averages, currents, [accepted * (1.0 - momentum)] * len(averages))
         return
     # The step of gradient descent a - r (a - c), which is the average: one kernel for all parameters, and the update of
     # PyTorch's that reads on the device whether to happen.
-    torch._fused_sgd_(
-        averages,
-        currents,
-        [],
-        weight_decay=1.0,
-        momentum=0.0,
-        lr=1.0 - momentum,
-        dampening=0.0,
-        nesterov=False,
-        maximize=True,
-        is_first_step=False,
-        found_inf=1.0 - accepted,
-    )
+    descent: dict[str, Any] = {"weight_decay": 1.0, "lr": 1.0 - momentum, "maximize": True, "found_inf": 1.0 - accepted}
+    plain: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+    torch._fused_sgd_(averages, currents, [], **descent, **plain)

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.models.layers import Rows
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
@@ -62,7 +61,7 @@ def parallelize(
     """Distribute the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
 
     loss    its weights say which heads get gradients, which DDP has to know
-    anchor  the frozen backbone of the anchor loss, if any
+    anchor  the frozen backbone that a loss holds to, if any
     mesh    of the processes, for FSDP2; None: `device_mesh` of all of them
     raises  UserError where the processes do not divide into groups of `parallel.shard`
 
@@ -142,10 +141,10 @@ def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled = torch.compile(forward)
 
     def of_step(
-        x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool, rows: Rows | None, *more: Any
+        x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool, rows: Tensor | None, *more: Any
     ) -> Tensor:
-        for indices in rows or ():  # how many there are changes from step to step
-            torch._dynamo.maybe_mark_dynamic(indices, 0)
+        if rows is not None:  # how many there are changes from step to step
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
         return (compiled if packed else forward)(x, shapes, backends, packed, rows, *more)
 
     return of_step

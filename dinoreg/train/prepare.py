@@ -1,5 +1,6 @@
 """From a config to everything a run needs. Every check that can be made before a file is written is made here."""
 
+import copy
 import secrets
 import time
 from contextlib import suppress
@@ -11,10 +12,10 @@ import torch
 
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import pointed_step
 from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
+from dinoreg.config.presets import PRESETS
 from dinoreg.config.view_settings import CropSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
@@ -26,25 +27,25 @@ from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
-from dinoreg.models.vit import RegisterViT
+from dinoreg.models.vit import ARCHITECTURE, RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.json_files import pointed_step
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.dense_probe import DenseProbe, build_dense
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
 from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
 
-# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for these options.
+# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for what is no architecture.
 SHAPING = ("model", "head")
-FREE = ("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile")
 
 
 @dataclass
@@ -111,6 +112,8 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
+        if self.config.loss.gram_weight > 0:
+            anchor = copy.deepcopy(self.teacher.backbone)
         seen, where = None, (self.device, self.dtype)
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
@@ -126,7 +129,8 @@ class Setup:
         config = self.config
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
+        looks = crops, config.augment, config.mask
+        views = Views(*looks, patch_size, config.model.in_channels, config.loss.anchor_size)
         loader = BatchLoader(
             self.source,
             views,
@@ -169,7 +173,9 @@ def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
     if seen.deep and config.data.reference_decode:
         warnings.append("data.reference_decode cuts more than eight bits off: 16-bit pictures become nearly white")
     left_out = photometric.left_out(config.augment, config.model.in_channels)
-    return [*filter(None, [left_out]), *(f"warning: data: {line}" for line in warnings)]
+    preset = config.augment.preset
+    why = f"augment.preset={preset}: {PRESETS[preset].why}" if preset else ""
+    return [*filter(None, [why, left_out]), *(f"warning: data: {line}" for line in warnings)]
 
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
@@ -287,11 +293,9 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     try:
         with ranks.collective_errors():
             if ranks.is_main:
-                try:
+                with reworded(f"out={out}: cannot be written", OSError):
                     out.mkdir(parents=True, exist_ok=True)
                     path.touch()
-                except OSError as error:
-                    raise UserError(f"out={out}: cannot be written ({error.strerror})") from None
         with ranks.collective_errors():
             deadline = time.monotonic() + SHARED_SECONDS
             while not path.exists():
@@ -333,6 +337,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     before  the config that the run has
     raises UserError where init=, distill= or an option of the architecture differs from the run's config.yaml
     """
+    if model_arguments(before)["ffn_ratio"] == model_arguments(config)["ffn_ratio"]:  # given, or by the name
+        before = replace(before, model=replace(before.model, ffn_ratio=config.model.ffn_ratio))
     for key in ("init", "distill"):
         then, now = getattr(before, key), getattr(config, key)
         if then != now:
@@ -341,7 +347,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
-            if f"{section}.{key}" not in FREE and then[key] != now[key]:
+            shapes = section == "head" or key in ("name", *ARCHITECTURE)
+            if shapes and then[key] != now[key]:
                 kept = f"the run in {out} has {then[key]}; a resumed run keeps its architecture"
                 raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.
@@ -359,12 +366,10 @@ def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbon
     backbone  with the weights of `init`
     raises    UserError when the folder cannot be written, or has files that `overwrite=true` must not delete
     """
-    try:
+    with reworded(f"out={out}: cannot be written", OSError):
         if config.overwrite:
             delete_run(out, config.takeover)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.yaml", to_yaml(config))
         if init is not None:
             copy_init(config, out, init, backbone)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror})") from None

@@ -16,9 +16,11 @@ from typing import Any
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.run_folder import step_in, whole
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.json_files import read_json
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.state import TrainState
 
@@ -26,14 +28,17 @@ from dinoreg.train.state import TrainState
 def find_checkpoint(out: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of the run folder `out` (None without any), and a line per damaged newer one.
 
-    raises RunError where there are checkpoints and none can be read: a new start would overwrite them
+    raises RunError where there are checkpoints and none can be read, or where they are gone: a new start would
+    overwrite what there is of the run
     """
     path, damaged = checkpoint.newest(out / "checkpoints", ranks)
-    if path is None and damaged:
-        raise RunError(
-            f"{out}: none of its {len(damaged)} checkpoint(s) can be read, the newest: "
-            f"{damaged[0].removesuffix('; passed over')}. To begin anew, move them away or use overwrite=true"
-        )
+    saved = ranks.from_main(whole(read_json(out / "status.json").get("step")) or 0)
+    if path is None and (damaged or saved):
+        why = f"its checkpoints are gone, the last was of step {saved}"
+        if damaged:
+            newest = damaged[0].removesuffix("; passed over")
+            why = f"none of its {len(damaged)} checkpoint(s) can be read, the newest: {newest}"
+        raise RunError(f"{out}: {why}. Bring them back, or begin anew with overwrite=true")
     return path, damaged
 
 
@@ -44,7 +49,11 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture or tutor
     """
     tensors, tutor = state.tensors(), state.history.get("distill")
-    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
+    optional = ("anchor",)  # which a run may have from some step on
+    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks, optional=optional)
+    bad = numbers["history"].get("bad", {})
+    if not (numbers["step"] == step_in(path.name) and 0 <= numbers["position"] < 2**62 and isinstance(bad, dict)):
+        raise RunError(f"checkpoint {path}: unreadable (its step, its position or its list of bad images is none)")
     if tutor != numbers["history"].get("distill"):
         raise UserError(f"{path}: was distilled from other weights than those that distill= names now")
     state.load(tensors, numbers)

@@ -23,6 +23,8 @@ class Now:
     momentum           of the teacher's moving average, in [0, 1]
     teacher_temp       temperature of the teacher's softmax, > 0
     backbone           in [0, 1], factor of the backbone's learning rates; at 0 the backbone gets no gradient
+    gram               whether patches are held to the relations that an earlier teacher saw
+    renew              whether the teacher of now becomes that earlier one, before the step
     """
 
     lr: float
@@ -31,6 +33,8 @@ class Now:
     momentum: float
     teacher_temp: float
     backbone: float = 1.0
+    gram: bool = False
+    renew: bool = False
 
 
 def linear(start: float, end: float, step: int, steps: int) -> float:
@@ -87,6 +91,8 @@ class Schedules:
             lr = self.fall(self.peak_lr, final, step, warmup)
         frozen = step < round(options.freeze_last_layer * horizon)
         temp_steps = round(options.teacher_temp_warmup * horizon)
+        since_gram = step - round(options.gram_start * horizon)
+        period = horizon if options.gram_every is None else max(1, round(options.gram_every * horizon))
         return Now(
             lr=lr,
             last_layer_lr=0.0 if frozen else lr,
@@ -94,6 +100,8 @@ class Schedules:
             momentum=self.fall(*options.momentum, step),
             teacher_temp=linear(*options.teacher_temp, step, temp_steps),
             backbone=self.backbone_at(step),
+            gram=since_gram >= 0,
+            renew=since_gram == 0 or (since_gram > 0 and options.gram_every is not None and since_gram % period == 0),
         )
 
     def backbone_at(self, step: int) -> float:

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
-from dinoreg.models.registry import build
+from dinoreg.models.registry import parse_name
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import GroupsAdamW, build_optimizer, start_moments
-from dinoreg.train.parallelize import Modules, parallelize
+from dinoreg.train.parallelize import Modules, local, parallelize
 from dinoreg.train.tutor import Tutor
 
 LARGEST_LOSS_SCALE = 2.0**16
@@ -40,7 +40,7 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, and the fixed anchor, `seen` and tutor.
+    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, `seen`, tutor and a fixed anchor.
 
     train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
     centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering); with a
@@ -52,7 +52,8 @@ class TrainState:
     position       samples drawn from the data
     rollbacks      how often the run has gone back to an earlier checkpoint
     history        JSON values: fingerprint of the data, identity of the tutor, unreadable images, best probe
-    anchor         the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
+    anchor         the frozen backbone that a loss holds to; None where no loss does
+    anchor_moves   whether it is an earlier teacher of the run, and so a part of checkpoints; else that of `init=`
     seen           (I, D) class tokens of all images at the start; None where loss.diet_weight is 0
     tutor          the frozen network of `distill=`, which every process holds whole; None without
     ranks          the processes that train it together
@@ -71,6 +72,7 @@ class TrainState:
     rollbacks: int = 0
     history: dict[str, Any] = field(default_factory=dict)
     anchor: RegisterViT | None = None
+    anchor_moves: bool = False
     seen: Tensor | None = None
     tutor: Tutor | None = None
     ranks: Ranks = ALONE
@@ -82,6 +84,7 @@ class TrainState:
             "teacher": self.teacher.state_dict(),
             "optimizer": get_optimizer_state_dict(self.student, self.optimizer)["state"],
             "centers": dict(self.centers),
+            **({"anchor": self.anchor.state_dict()} if self.anchor is not None and self.anchor_moves else {}),
             **{name: getattr(self, name) for name in SCALARS},
         }
 
@@ -95,6 +98,14 @@ class TrainState:
         """The rest of a checkpoint, as JSON values: {"step", "position", "rollbacks", "history"}."""
         return {name: getattr(self, name) for name in ("step", "position", "rollbacks", "history")}
 
+    @torch.no_grad()
+    def renew_anchor(self) -> None:
+        """Make the teacher's backbone of now the one that a loss holds to; it has as many processes share it."""
+        assert self.anchor is not None
+        pairs = zip(self.anchor.parameters(), self.teacher.backbone.parameters(), strict=True)
+        anchors, weights = (list(map(local, side)) for side in zip(*pairs))
+        torch._foreach_copy_(anchors, weights)
+
     def load(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Take over a checkpoint.
 
@@ -105,12 +116,28 @@ class TrainState:
         self.teacher.load_state_dict(tensors["teacher"])
         groups = get_optimizer_state_dict(self.student, self.optimizer)["param_groups"]
         set_optimizer_state_dict(self.student, self.optimizer, {"state": tensors["optimizer"], "param_groups": groups})
+        if "anchor" in tensors:
+            assert self.anchor is not None
+            self.anchor.load_state_dict(tensors["anchor"])
+        elif self.anchor_moves:  # the run had no such loss before
+            self.renew_anchor()
         for name, center in tensors["centers"].items():
             self.centers[name].copy_(center)
         for name in SCALARS:
             getattr(self, name).copy_(tensors[name])
         self.step, self.position, self.history = numbers["step"], numbers["position"], numbers["history"]
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of RegisterViT in a run: those that the model's name stands for and, before them, the options'.
+
+    raises UserError for an unknown name
+    """
+    # Options without a value follow from the model's name; compiling is not an argument of the model.
+    given = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
+    named = parse_name(config.model.name) | given | {"image_size": config.crops.global_size}
+    return {key: value for key, value in named.items() if key not in ("name", "compile")}
 
 
 def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks, Networks]:
@@ -120,12 +147,9 @@ def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks
     The teacher is in eval mode and needs no gradients. raises UserError for a model that cannot be built
     """
     head = config.head
-    # Options without a value follow from the model's name; compiling is not an argument of the model.
-    model = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
-    del model["compile"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build(**model, image_size=config.crops.global_size)
+        backbone = RegisterViT(**model_arguments(config))
         student = Networks({"backbone": backbone})
         widths = {} if tutor else {"dino_head": (head.prototypes, head.bottleneck_dim)}
         if tutor is not None:
@@ -155,7 +179,7 @@ def build_state(
     """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
 
     dtype   of autocast; only float16 uses a loss scale above 1
-    anchor  the frozen backbone of the anchor loss, if any
+    anchor  the frozen backbone that a loss holds to, if any
     mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
     seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
     tutor   on `device`, the one that the networks were built for
@@ -193,6 +217,7 @@ def build_state(
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,
+        anchor_moves=config.loss.gram_weight > 0,
         seen=seen,
         tutor=tutor,
         ranks=ranks,

@@ -22,12 +22,13 @@ from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinoreg.losses.diet import diet_loss
 from dinoreg.losses.dino import dino_loss
+from dinoreg.losses.gram import gram_loss, on_grid
 from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
 from dinoreg.runtime.device import autocast
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
-from dinoreg.train.parallelize import Modules, local, reshard, without_reduction
+from dinoreg.train.parallelize import Modules, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
@@ -58,9 +59,9 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "total"}, each (): as optimised, weights
-              included, means over the batches of all processes; those with a weight of 0 are left out. With a tutor
-              {"distill_cls", "distill_patch", "total"}
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "gram", "total"}, each (): as optimised,
+              weights included, means over the batches of all processes; those with a weight of 0 are left out. With a
+              tutor {"distill_cls", "distill_patch", "total"}
     norms     {"grad_norm_backbone", …}, each (): before clipping, of the modules with gradients
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     targets   None where no loss has any
@@ -84,6 +85,7 @@ class MicroBatch:
     rows: Tensor | slice  # (2b,) rows of the whole batch's global crops
     masked_rows: Tensor | slice  # (m,) rows of the whole batch's masked patches
     images: np.ndarray  # (b,) int64, their numbers in the data
+    anchor_crops: Tensor | None = None  # (2b, C, H', W'), see `Batch`
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
@@ -93,7 +95,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
     """
     if count == 1:
         tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
-        yield MicroBatch(*tensors, slice(None), slice(None), batch.sample_ids)
+        yield MicroBatch(*tensors, slice(None), slice(None), batch.sample_ids, batch.anchor_crops)
         return
     num_images = batch.global_crops.shape[0] // 2
     num_patches = batch.mask.shape[1]
@@ -119,6 +121,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
             rows,
             masked_rows,
             batch.sample_ids[part * size : (part + 1) * size],
+            None if batch.anchor_crops is None else batch.anchor_crops[rows],
         )
 
 
@@ -223,12 +226,12 @@ def student_losses(
 
     targets         None where no loss has any
     dtype           of autocast
-    anchor          the frozen backbone of the anchor loss, which sees the global crops unmasked; None: no such loss
+    anchor          the frozen backbone that a loss holds to, which sees the global crops unmasked; None: no such loss
     frozen          no gradient goes to the backbone, only to the heads
     num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`; None:
                     that of this micro-batch
     seen            (I, D) of `diet_loss`; None: no such loss
-    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet" and "anchor", each () float32
+    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet", "anchor" and "gram", each () float32
     """
     groups, masks, patches = student_inputs(part, anchor is not None)
     num_masked = len(part.mask_indices)
@@ -251,7 +254,13 @@ def student_losses(
         losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
-            anchored = anchor(part.global_crops)
+            anchored = anchor(part.global_crops if part.anchor_crops is None else part.anchor_crops)
+    if anchor is not None and loss.gram_weight > 0:
+        count = part.mask.shape[1]
+        own = tokens[0].patches.new_empty(part.mask.numel(), global_tokens.shape[1])
+        own = own.index_copy(0, patches[0], tokens[0].patches).unflatten(0, part.mask.shape)
+        losses["gram"] = gram_loss(own, on_grid(anchored.patches, round(count**0.5)))
+    elif anchor is not None:
         anchor_patches = anchored.patches.flatten(0, 1)[patches[0][num_masked:]]
         losses["anchor"] = anchor_loss(global_tokens, visible, anchored.cls, anchor_patches, num_visible)
     return losses, global_tokens
@@ -295,6 +304,7 @@ def backward(
     accumulate: int,
     seed: int,
     frozen: bool = False,
+    gram: bool = False,
 ) -> dict[str, Tensor]:
     """Add the gradients of the total loss to the student's; returns the weighted losses, detached.
 
@@ -302,6 +312,7 @@ def backward(
     accumulate  number of micro-batches; it divides the number of images
     seed        of the networks' own randomness in this step, see `micro_batch_seed`
     frozen      no gradient goes to the backbone, only to the heads
+    gram        whether `loss.gram_weight` counts by now
     returns     as `StepResult.losses`; gradients are multiplied by state.loss_scale, losses are not
 
     With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
@@ -311,7 +322,8 @@ def backward(
     """
     weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
     weights |= {"ibot": loss.ibot_weight, "diet": loss.diet_weight, "anchor": loss.anchor_weight}
-    anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
+    weights["gram"] = loss.gram_weight
+    anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
     parts = list(micro_batches(batch, accumulate))
     ranks = state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
@@ -395,14 +407,14 @@ def train_step(
     finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
     the backbone gets no gradient, so neither its learning rate nor weight decay can change it.
     """
-    targets = None
-    if state.tutor is None and loss.distils:
-        ranks = state.ranks
-        targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, ranks)
+    if now.renew and loss.gram_weight > 0:
+        state.renew_anchor()
     state.optimizer.zero_grad(set_to_none=True)
     step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
     if state.tutor is None:
-        losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen)
+        seen = (state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks)
+        targets = teacher_targets(*seen) if loss.distils else None
+        losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen, now.gram)
     else:
         seeds = [micro_batch_seed(step_seed, index, state.ranks.rank) for index in range(accumulate)]
         losses, features, centers = distill_backward(state, batch.global_crops, loss, dtype, seeds, frozen)
@@ -410,9 +422,7 @@ def train_step(
         targets = Targets(none, none, features, centers)
     for networks in (state.student, state.teacher):
         reshard(networks)
-    if dtype == torch.float16:
-        _unscale(state)
-    norms = clip_gradients(state.student, clip_grad)
+    norms = clip_gradients(state.student, clip_grad, state.optimizer, state.loss_scale)
     finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
     # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
     accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
@@ -430,11 +440,6 @@ def train_step(
     state.step += 1
     state.position = batch.position
     return StepResult(losses, norms, accepted, targets)
-
-
-def _unscale(state: TrainState) -> None:
-    gradients = [local(p.grad) for p in state.student.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, (1.0 / state.loss_scale))
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:

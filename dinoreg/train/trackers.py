@@ -122,11 +122,9 @@ class MLflow:
             self.client.set_terminated(self.identity, "FINISHED" if ok else "FAILED")
 
 
-Tracker = TensorBoard | WandB | MLflow
-REMOTE: dict[str, type[WandB | MLflow]] = {
-    "wandb": WandB,
-    "mlflow": MLflow,
-}  # by what is imported, as log.to= names them
+Remote = WandB | MLflow
+Tracker = TensorBoard | Remote
+REMOTE: dict[str, type[Remote]] = {"wandb": WandB, "mlflow": MLflow}  # by what is imported, as log.to= names them
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -136,23 +134,28 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"log.to={name}: the package is not installed: {install(name)}")
 
 
-def open_trackers(out: Path, step: int, names: Sequence[str], tensorboard: bool, config: Any) -> list[Tracker]:
-    """The trackers of a run, opened.
+def begin_trackers(out: Path, resumes: bool, names: Sequence[str], config: Any) -> dict[str, Remote]:
+    """The trackers of a run but for TensorBoard, begun, by name; nothing is written to `out`.
 
-    step    that the run starts or resumes at
-    names   of REMOTE
-    config  flat, {key: value}
-    raises  UserError for one that cannot be begun, as without a key for its server
+    resumes  whether the run in `out` goes on
+    names    of REMOTE
+    config   flat, {key: value}
+    raises   UserError for one that cannot be begun, as without a key for its server
     """
-    known = read_json(out / IDENTITIES) if step > 0 else {}
-    opened: list[Tracker] = [TensorBoard(out, step + 1)] if tensorboard else []
+    known, begun = read_json(out / IDENTITIES) if resumes else {}, {}
     for name in names:
         try:
-            tracker = REMOTE[name](out, known.get(name), config)
+            begun[name] = REMOTE[name](out, known.get(name), config)
         except Exception as error:  # each library has errors of its own
             raise UserError(f"log.to={name}: it cannot be begun: {one_line(error)}") from error
-        known[name] = tracker.identity
-        opened.append(tracker)
-    if names:
-        write_atomic(out / IDENTITIES, json.dumps(known) + "\n")
-    return opened
+    return begun
+
+
+def open_trackers(out: Path, step: int, begun: Mapping[str, Remote], tensorboard: bool) -> list[Tracker]:
+    """All trackers of a run, whose folder now remembers those that `begin_trackers` has begun.
+
+    step  that the run starts or resumes at
+    """
+    if begun:
+        write_atomic(out / IDENTITIES, json.dumps({name: tracker.identity for name, tracker in begun.items()}) + "\n")
+    return [*([TensorBoard(out, step + 1)] if tensorboard else []), *begun.values()]

@@ -36,11 +36,11 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
     inputs = [torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in tokens]
     if 0 in layers:
         inputs.insert(0, model.embed(images))
-    rows = []
+    rows, tables = [], model.rope_tables([images])
     for layer, x in zip(layers, inputs, strict=True):
         block: Any = model.blocks[layer]
-        qkv = block.attn.project(block.norm1(x.flatten(0, 1))).unflatten(0, x.shape[:2])  # (B, T, 3, heads, head_dim)
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = block.attn.project(block.norm1(x.flatten(0, 1)), (x.shape[:2],), tables)
+        q, k, _ = qkv.unflatten(0, x.shape[:2]).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, head_dim)
         rows.append(attention_weights(q[:, :, :special].float(), k.float()))
     return torch.stack(rows)
 

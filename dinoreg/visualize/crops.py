@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.display import channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
@@ -15,7 +16,7 @@ from dinoreg.data.source import Source
 from dinoreg.data.statistics import with_statistics
 from dinoreg.models.registry import parse_name
 from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
-from dinoreg.visualize.subject import config_source, newest_step, safe_name
+from dinoreg.visualize.subject import config_source, safe_name
 
 TILE = 112  # pixels, the height of a global crop
 
@@ -119,7 +120,8 @@ def default_folder(config: str) -> Path:
     """`RUN/view/<newest step>/` for a run folder, else `view/<name>/`."""
     path = find_config(config)
     if path.name == "config.yaml" and Path(config).is_dir():
-        return Path(config) / "view" / f"{newest_step(Path(config)):07d}"
+        run = Path(config)
+        return run / "view" / f"{teacher_step(newest_teacher(run) or run) or 0:07d}"
     return Path("view") / safe_name(path.stem)
 
 

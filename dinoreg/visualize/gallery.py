@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.reports import html
 from dinoreg.runtime.errors import RunError, reworded
 from dinoreg.runtime.json_files import read_json
-from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
+from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, view_folder
 
 GREY = (128, 134, 144)  # legible on white and on black
 INK = "#808690"  # the same
@@ -147,7 +147,7 @@ class Gallery:
         with self._writing():
             if not self.saved:
                 self._remove_last()
-            image.save(path)
+            write_picture(path, image)
         self.saved.append(path.name)
         return html.picture(path, description, note)
 
@@ -198,7 +198,7 @@ class ModelGallery(Gallery):
         self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
         self.pictures = read_pictures(self.subject, images, num, self.size)
         about = {"weights": self.subject.name, "identity": self.subject.encoder.identity, "images": self.pictures.names}
-        super().__init__(view, Path(out) if out else self.subject.folder, about)
+        super().__init__(view, Path(out) if out else view_folder(self.subject), about)
         preprocessing = self.subject.encoder.preprocessing
         self.pixels = to_pixels(self.pictures.images, preprocessing.mean, preprocessing.std)
 

@@ -39,13 +39,14 @@ class TokenNorms(NamedTuple):
 
 @torch.no_grad()
 def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
-    """The norms of all tokens of images (B, C, H, W), normalised: float32 on the CPU. One image runs at a time."""
-    norms: list[list[Tensor]] = [[], [], []]
-    for image in images:
-        layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
-        for kind, parts in enumerate(zip(*layers)):
-            norms[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
-    return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
+    """The norms of all tokens of images (B, C, H, W), normalised: float32 on the CPU."""
+    layers = model.intermediate_tokens(images, range(model.depth), norm=False)
+    return TokenNorms(*(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]) for parts in zip(*layers)))
+
+
+def joined(parts: Iterable[TokenNorms]) -> TokenNorms:
+    """The norms of several batches as those of one."""
+    return TokenNorms(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
 
 def view_norms(**request: Any) -> Path:
@@ -55,7 +56,7 @@ def view_norms(**request: Any) -> Path:
     raises   UserError, before anything is written, for a size, image or model that does not exist or fit
     """
     gallery = ModelGallery("norms", **request)
-    norms = token_norms(gallery.model, gallery.pictures.images)
+    norms = joined(token_norms(gallery.model, image[None]) for image in gallery.pictures.images)
     maps = [
         gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
         for ending, drawn in _map_sheets(gallery.pixels, norms, gallery.grid)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError, reworded
+from dinoreg.runtime.regular_files import open_regular
 from dinoreg.visualize.attention import chosen_layers
 from dinoreg.visualize.gallery import GREY, ModelGallery, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
@@ -160,7 +161,7 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     raises           UserError for a file that is no basis, or that does not fit `dim` or `with_foreground`
     """
     whole = reworded(f"basis={path}: not a whole safetensors file", SafetensorError, OSError, ValueError)
-    with whole, safe_open(path, framework="pt") as file:
+    with whole, open_regular(path), safe_open(path, framework="pt") as file:
         stated = file.metadata() or {}
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}

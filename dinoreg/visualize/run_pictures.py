@@ -3,13 +3,14 @@
 import logging
 from pathlib import Path
 
+from dinoreg.checkpoint.atomic import write_picture
 from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
 from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet, first_batch
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.pca import pca_sheet
-from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_size
+from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_folder, view_size
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ def _draw(run: Path) -> None:
     model, mean, std = subject.model, subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std
     size = view_size(config.crops.global_size, model.patch_size)
     images = read_pictures(subject, None, NUM_IMAGES, (size, size)).images
-    subject.folder.mkdir(parents=True, exist_ok=True)
+    folder = view_folder(subject)
+    folder.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(images, mean, std)
-    pca_sheet(model, images, pixels).save(subject.folder / "pca.png")
-    attention_sheet(model, images[:6], pixels[:6]).save(subject.folder / "attention.png")
+    write_picture(folder / "pca.png", pca_sheet(model, images, pixels))
+    write_picture(folder / "attention.png", attention_sheet(model, images[:6], pixels[:6]))
     batch, _ = first_batch(config, run_source(subject), model.patch_size, min(6, config.batch_size))
-    crop_sheet(batch, mean, std, model.patch_size).save(subject.folder / "crops.png")
+    write_picture(folder / "crops.png", crop_sheet(batch, mean, std, model.patch_size))

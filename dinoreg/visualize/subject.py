@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.center_crop import to_encoder
@@ -21,8 +20,7 @@ from dinoreg.data.open import open_source
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import index_tars
-from dinoreg.evaluation.backbones.encoder import NativeEncoder
-from dinoreg.evaluation.backbones.open import open_native
+from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
@@ -30,35 +28,6 @@ from dinoreg.runtime.errors import UserError, one_line
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
 MAX_SIZE = 672  # pixels a side to which they are enlarged at most
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model in evaluation mode and how its images are made.
-
-    run, step  the run that the weights belong to, or None; the step in the file's name, or 0
-    """
-
-    encoder: NativeEncoder
-    run: Path | None = None
-    step: int = 0
-
-    @property
-    def model(self) -> RegisterViT:
-        """The network itself."""
-        return self.encoder.module
-
-    @property
-    def name(self) -> str:
-        """The name to show."""
-        return self.encoder.name
-
-    @property
-    def folder(self) -> Path:
-        """The default folder of its views: `RUN/view/<step>/`, or `view/<name>/`."""
-        if self.run is not None:
-            return self.run / "view" / f"{self.step:07d}"
-        return Path("view") / safe_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -70,14 +39,18 @@ class Pictures:
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
 
 
-def open_subject(weights: str, device: str = "auto") -> Subject:
+def open_subject(weights: str, device: str = "auto") -> Opened:
     """The model of a run folder, a weight file or a name; UserError, in one line, for weights missing or damaged.
 
     device  "auto" or a name of PyTorch
     """
-    encoder, run, step = open_native(weights, pick_device(device))
-    assert isinstance(encoder, NativeEncoder)
-    return Subject(encoder, run, step)
+    return open_native(weights, pick_device(device))
+
+
+def view_folder(subject: Opened) -> Path:
+    """The default folder of its views: `RUN/view/<step>/`, or `view/<name>/`."""
+    own = subject.run and subject.run / "view" / f"{subject.step:07d}"
+    return own or Path("view") / safe_name(subject.name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,7 +132,7 @@ def view_size(side: int, patch_size: int) -> int:
 
 
 def read_pictures(
-    subject: Subject, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
+    subject: Opened, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
 ) -> Pictures:
     """Evenly spaced images of a source, normalised for the model.
 
@@ -201,7 +174,7 @@ def evenly_spaced(total: int, count: int) -> Sequence[int]:
     return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
-def run_source(subject: Subject) -> Source:
+def run_source(subject: Opened) -> Source:
     """The images of the run that the weights belong to; UserError without a run, or where its config names none."""
     if subject.run is None:
         raise UserError("images: missing; name an image, a folder, a list of paths, or scenes")
@@ -214,11 +187,6 @@ def config_source(data: DataConfig, missing: str) -> Source:
         raise UserError(missing)
     index = Path(data.index_dir) if data.index_dir else None
     return open_source(data.source, data.weights, index, data.root, data.range, data.columns)
-
-
-def newest_step(run: Path) -> int:
-    """The step of a run's newest teacher file; 0 without one."""
-    return teacher_step(newest_teacher(run) or run) or 0
 
 
 def safe_name(text: str, length: int = 60) -> str:

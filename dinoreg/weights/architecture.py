@@ -1,8 +1,8 @@
 """Inferring an encoder's architecture from its state dict.
 
 Width, depth, patch size, channels, registers and FFN follow from the tensors' shapes. The rest (heads, a rectangular
-grid, how positions are resampled) comes from the JSON beside the file, or from the library that wrote it. The JSON must
-not contradict the shapes.
+grid, how positions are resampled, rotary ones) comes from the JSON beside the file, or from the library that wrote it.
+The JSON must not contradict the shapes.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinoreg.models.layers import swiglu_hidden_dim
-from dinoreg.models.registry import HEAD_DIM, resampling
+from dinoreg.models.layers import NORM_EPS, swiglu_hidden_dim
+from dinoreg.models.registry import DINOV3, HEAD_DIM, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.runtime.printable import shortened
@@ -51,7 +51,8 @@ def infer_architecture(
     values = stated.values
     dim = _shaped(state, "cls_token", 3, path).shape[2]
     patch = _shaped(state, "patch_embed.proj.weight", 4, path)
-    positions = _shaped(state, "pos_embed", 3, path)
+    rope = "pos_embed" not in state and values.get("rope_base") is not None
+    patches = None if rope else _shaped(state, "pos_embed", 3, path).shape[1] - 1
     indices = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d{1,6})\.", key))}
     if not indices or indices != set(range(len(indices))):
         raise UserError(f"weights {path}: blocks {sorted(indices)[:8]} are not numbered 0, 1, 2, ...")
@@ -67,6 +68,7 @@ def infer_architecture(
         "ffn": ffn,
         "in_channels": patch.shape[1],
         "num_registers": registers,
+        "rope_base": values["rope_base"] if rope else None,
     }
     for key, value in found.items():
         if key in values and values[key] != value:
@@ -75,17 +77,32 @@ def infer_architecture(
     has_scale, scale = "blocks.0.ls1.gamma" in state, values.get("layerscale")
     found["layerscale"] = (scale if is_number(scale) and scale else 1.0) if has_scale else None
     found["heads"] = _heads(dim, stated, path)
-    found["image_size"] = _image_size(positions.shape[1] - 1, found["patch_size"], stated, path)
-    found |= resampling(source, registers)
+    found["image_size"] = _image_size(patches, found["patch_size"], stated, path)
+    found |= resampling(source, registers) | _arithmetic(rope, stated, path)
     if isinstance(values.get("antialias"), bool):
         found["antialias"] = values["antialias"]
     return found | {key: float(values[key]) for key in ("position_offset", "init_std") if is_number(values.get(key))}
 
 
-def describe_resampling(antialias: bool, position_offset: float) -> str:
-    """The arguments of `resample_positions` in words, such as "bicubic, antialiased, to the size"."""
-    how = f"by a factor with offset {position_offset:g}" if position_offset else "to the size"
-    return f"bicubic, {'' if antialias else 'not '}antialiased, {how}"
+def _arithmetic(rope: bool, stated: Stated, path: str | Path) -> dict[str, Any]:
+    """The stated "key_bias", "norm_eps" and, where `rope`, "rope_base"; else those of DINOv3's models, or DINOv2's."""
+    found: dict[str, Any] = dict(DINOV3) if rope else {"key_bias": True, "norm_eps": NORM_EPS}
+    found |= {key: value for key, value in stated.values.items() if key in found}
+    for key, value in found.items():
+        flag = key == "key_bias"
+        if not (isinstance(value, bool) if flag else is_number(value) and value > 0):
+            expected = "true or false" if flag else "a positive number"
+            raise UserError(f"weights {path}: {stated.says(key)}, expected {expected}")
+    return found
+
+
+def describe_positions(architecture: Mapping[str, Any]) -> str:
+    """What an encoder does with positions on another grid, such as "resampled bicubic, antialiased, to the size"."""
+    if architecture["rope_base"] is not None:
+        return f"rotary, of base {architecture['rope_base']:g}"
+    offset = architecture["position_offset"]
+    how = f"by a factor with offset {offset:g}" if offset else "to the size"
+    return f"resampled bicubic, {'' if architecture['antialias'] else 'not '}antialiased, {how}"
 
 
 def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
@@ -133,14 +150,19 @@ def _heads(dim: int, stated: Stated, path: str | Path) -> int:
     raise UserError(f"weights {path}: {stated.says('heads')}, which does not divide the width {dim}")
 
 
-def _image_size(num_patches: int, patch_size: int, stated: Stated, path: str | Path) -> list[int]:
+def _image_size(num_patches: int | None, patch_size: int, stated: Stated, path: str | Path) -> list[int]:
+    """The stated one, if any; else that of a square grid of positions, or 224 pixels where there are no positions."""
     value = stated.values.get("image_size")
     if value is not None:
         sides = as_sides(value)
-        if sides is None or math.prod(side // patch_size for side in sides) != num_patches:
-            says = stated.says("image_size")
-            raise UserError(f"weights {path}: {says}, the tensors have {num_patches} patch positions")
+        if sides is None or num_patches not in (None, math.prod(side // patch_size for side in sides)):
+            tensors = (
+                "expected one or two sides" if sides is None else f"the tensors have {num_patches} patch positions"
+            )
+            raise UserError(f"weights {path}: {stated.says('image_size')}, {tensors}")
         return [side // patch_size * patch_size for side in sides]
+    if num_patches is None:
+        return [max(224 // patch_size, 1) * patch_size] * 2
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise UserError(f"weights {path}: {num_patches} patch positions are not a square grid's")

@@ -27,7 +27,7 @@ _WRAPPED = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
 # The shortest beginning that leaves one of these: `embeddings.` is part of transformers' names, not of a prefix.
 _FIRST_TENSORS = re.compile(
     rf"(|.+?\.)(?:(?:embeddings\.{_WRAPPED})?cls_token|patch_embed\.{_WRAPPED}proj\.weight"
-    rf"|embeddings\.{_WRAPPED}patch_embeddings\.{_WRAPPED}projection\.weight)"
+    rf"|embeddings\.{_WRAPPED}patch_embeddings\.{_WRAPPED}(?:projection\.)?weight)"
 )
 _DEEPEST = 4  # of nested entries
 

@@ -25,17 +25,20 @@ _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 # Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-_TRANSFORMERS = (  # names on disk, which are those before transformers 5
+TRANSFORMERS = (
     ("cls_token", "embeddings.cls_token"),
     ("register_tokens", "embeddings.register_tokens"),
     ("mask_token", "embeddings.mask_token"),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+)
+_TRANSFORMERS = (  # of DINOv2: names on disk, which are those before transformers 5
+    *TRANSFORMERS,
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
     ("norm.", "layernorm."),
     ("blocks.", "encoder.layer."),
     (".attn.proj.", ".attention.output.dense."),
-    (".ls1.gamma", ".layer_scale1.lambda1"),
-    (".ls2.gamma", ".layer_scale2.lambda1"),
     (".mlp.w12.", ".mlp.weights_in."),
     (".mlp.w3.", ".mlp.weights_out."),
 )
@@ -66,7 +69,7 @@ def detect(state: Mapping[str, Any]) -> str:
         return "transformers"
     if "reg_token" in keys:
         return "timm"
-    metas_own = keys & {"mask_token", "register_tokens"} or any(".mlp.w12." in key for key in keys)
+    metas_own = keys & {"mask_token", "register_tokens", "storage_tokens"} or any(".mlp.w12." in key for key in keys)
     return "timm" if "cls_token" in keys and not metas_own else "meta"
 
 
@@ -100,7 +103,7 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
     reg_token. Without: positions keep the class token's. The mask token is dropped; SwiGLU's w12, w3 become fc1, fc2.
     Fold in float32 and cast afterwards: a sum of rounded halves is not the rounded sum.
     """
-    out = {_renamed(key, _TIMM_SWIGLU): value for key, value in state.items() if key != "mask_token"}
+    out = {renamed(key, _TIMM_SWIGLU): value for key, value in state.items() if key != "mask_token"}
     if "register_tokens" in out:
         out["reg_token"] = out.pop("register_tokens")
         out["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
@@ -120,8 +123,8 @@ def from_timm(state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) 
     for key in ("cls_token", "pos_embed"):
         if key not in state:
             raise UserError(f"no {key!r} among the tensors; expected the state dict of a ViT with a class token")
-    pairs = _reversed(_TIMM_SWIGLU) if _is_timm_swiglu(state) else ()
-    out = {_renamed(key, pairs): value for key, value in state.items()}
+    pairs = flipped(_TIMM_SWIGLU) if _is_timm_swiglu(state) else ()
+    out = {renamed(key, pairs): value for key, value in state.items()}
     positions, registers = state["pos_embed"], out.pop("reg_token", None)
     prefix = _timm_prefix(positions.shape[1], 0 if registers is None else registers.shape[1], grid)
     if registers is not None and registers.shape[1]:
@@ -159,37 +162,19 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     state   with the names on disk or those in memory since transformers 5
     raises  UserError when one of query, key and value (or of gate and up) is missing, or two keys mean one tensor
     """
-    pairs = _reversed(_TRANSFORMERS)
-    out = unique((_renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
+    pairs = flipped(_TRANSFORMERS)
+    out = unique((renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
     if "register_tokens" in out and not out["register_tokens"].numel():  # there are models with zero registers
         del out["register_tokens"]
-    for fused, parts in _PARTS.items():
-        for name in sorted({key.replace(part, fused) for key in out for part in parts if part in key}):
-            found = [out.pop(key) for part in parts if (key := name.replace(fused, part)) in out]
-            if len(found) != len(parts):
-                raise UserError(f"{name!r} has {len(found)} of its {len(parts)} parts")
-            if len({value.shape for value in found}) != 1:
-                raise UserError(f"{name!r} has parts of different shapes")
-            out = unique([*out.items(), (name, torch.cat(found))])
-    return out
+    return joined(out, _PARTS)
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> State:
     """transformers' names on disk (those before version 5, which every version reads and writes) from ours.
 
-    Query, key and value are views of the fused tensor. transformers always has LayerScale, so that a model without it
-    gets factors of 1, which do not change the output.
+    Query, key and value are views of the fused tensor. transformers always has LayerScale, see `split`.
     """
-    norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
-    scales = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}
-    out: State = {}
-    for key, value in {**scales, **state}.items():
-        name = _renamed(key, _TRANSFORMERS)
-        if ".attn.qkv." in name:
-            out |= {name.replace(".attn.qkv.", part): third for part, third in zip(_QKV, value.chunk(3))}
-        else:
-            out[name] = value
-    return out
+    return {renamed(key, _TRANSFORMERS): value for key, value in split(state, {".attn.qkv.": _QKV}).items()}
 
 
 def _name_on_disk(key: str) -> str:
@@ -205,14 +190,48 @@ FROM: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
 }
 
 
-def _renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+def joined(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> State:
+    """Tensors that are several of another library's put together.
+
+    parts   {what is in our name: what is in theirs, in the order in which they are concatenated}
+    raises  UserError when one of several is missing or has another shape, or when the whole is there, too
+    """
+    out = dict(state)
+    for fused, theirs in parts.items():
+        for name in sorted({key.replace(part, fused) for key in out for part in theirs if part in key}):
+            found = [out.pop(key) for part in theirs if (key := name.replace(fused, part)) in out]
+            if len(found) != len(theirs):
+                raise UserError(f"{name!r} has {len(found)} of its {len(theirs)} parts")
+            if len({value.shape for value in found}) != 1:
+                raise UserError(f"{name!r} has parts of different shapes")
+            out = unique([*out.items(), (name, torch.cat(found))])
+    return out
+
+
+def split(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> State:
+    """The reverse of `joined`, as views.
+
+    A model without LayerScale gets factors of 1, which do not change the output.
+    """
+    norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
+    out = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}
+    for key, value in state.items():
+        fused = next((each for each in parts if each in key), None)
+        names = [key] if fused is None else [key.replace(fused, part) for part in parts[fused]]
+        out |= zip(names, value.chunk(len(names)), strict=True)
+    return out
+
+
+def renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """A key with what it begins with, or with what begins with a dot anywhere in it, in the other library's words."""
     for old, new in pairs:
         if old in key and (old.startswith(".") or key.startswith(old)):
             key = key.replace(old, new, 1)
     return key
 
 
-def _reversed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def flipped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs of names the other way round."""
     return [(theirs, ours) for ours, theirs in pairs]
 
 

@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinoreg.models.layers import NORM_EPS
-from dinoreg.models.registry import resampling
+from dinoreg.models.registry import BASE, DINOV3, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import Stated
@@ -21,26 +21,61 @@ CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's number, as transformers writes it
 
-_DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
-# Arguments of RegisterViT: transformers' name and default.
-DINOV2_ARGUMENTS = {
-    "dim": ("hidden_size", 768),
-    "depth": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 12),
-    "image_size": ("image_size", 224),
-    "in_channels": ("num_channels", 3),
-    "ffn_ratio": ("mlp_ratio", 4),
+
+class Kind(NamedTuple):
+    """A model type of transformers.
+
+    name       of its class
+    arguments  of RegisterViT: the config's name and default
+    gate       the config's name for whether the FFN is gated
+    acts       activation of a plain FFN and of a gated one; None: SiLU, whatever the config says
+    fixed      what RegisterViT has no argument for: as the encoder has it, which is transformers' default
+    """
+
+    name: str
+    arguments: dict[str, tuple[str, Any]]
+    gate: str
+    acts: tuple[str, str | None]
+    fixed: dict[str, Any]
+
+
+def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[str, tuple[str, Any]]:
+    return {
+        "dim": ("hidden_size", dim),
+        "depth": ("num_hidden_layers", 12),
+        "heads": ("num_attention_heads", heads),
+        "patch_size": ("patch_size", patch_size),
+        "image_size": ("image_size", 224),
+        "in_channels": ("num_channels", 3),
+        "norm_eps": ("layer_norm_eps", norm_eps),
+    }
+
+
+_REGISTERS = "num_register_tokens"
+_DINOV2 = _arguments(768, 12, 16, NORM_EPS) | {"ffn_ratio": ("mlp_ratio", 4)}
+_SWIGLU = "use_swiglu_ffn", ("gelu", None), {"qkv_bias": True}
+_ROPE = {
+    "num_registers": (_REGISTERS, 0),
+    "key_bias": ("key_bias", DINOV3["key_bias"]),
+    "rope_base": ("rope_theta", BASE),
 }
-# What RegisterViT has no argument for: as the encoder has it, which is transformers' default.
-DINOV2_FIXED: dict[str, Any] = {"layer_norm_eps": NORM_EPS, "qkv_bias": True, "hidden_act": "gelu"}
+_GATED = "use_gated_mlp", ("gelu", "silu"), {"proj_bias": True, "mlp_bias": True}
+KINDS = {
+    "dinov2": Kind("Dinov2Model", _DINOV2 | {"patch_size": ("patch_size", 14)}, *_SWIGLU),
+    "dinov2_with_registers": Kind("Dinov2WithRegistersModel", _DINOV2 | {"num_registers": (_REGISTERS, 4)}, *_SWIGLU),
+    "dinov3_vit": Kind("DINOv3ViTModel", _arguments(384, 6, 16, DINOV3["norm_eps"]) | _ROPE, *_GATED),
+}
+_TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
 # Arguments of RegisterViT and of timm's ViT.
 TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size",
                   "in_channels": "in_chans", "num_registers": "reg_tokens", "image_size": "img_size"}  # fmt: skip
+TIMM_DINOV3_ARGUMENTS = TIMM_ARGUMENTS | {"num_registers": "num_reg_tokens", "rope_base": "rope_temperature"}
 # Arguments of timm's ViT that change no output of its evaluation mode, or only the head's.
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
-                  "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer"}  # fmt: skip
+                  "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer",
+                  "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_rescale_coords"}  # fmt: skip
 
 _TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
@@ -68,7 +103,7 @@ def read_config(folder: Path, library: str) -> Stated:
     raises   NotHeld for a model that RegisterViT cannot represent, UserError for an invalid file
     """
     path = folder / CONFIG
-    return {"timm": _timm, "transformers": _dinov2}[library](read_json(path), path)
+    return {"timm": _timm, "transformers": _transformers}[library](read_json(path), path)
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
@@ -148,48 +183,50 @@ def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
-    """transformers' Dinov2 and Dinov2WithRegisters; what a config leaves out has the library's default."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _DINOV2:
-        raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in DINOV2_ARGUMENTS.items()}
-    swiglu = config.get("use_swiglu_ffn", False) is True
-    fixed = {key: value for key, value in DINOV2_FIXED.items() if not (swiglu and key == "hidden_act")}  # SiLU always
+def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
+    """Every one of `KINDS`; what a config leaves out has the library's default."""
+    model_type = str(config.get("model_type"))
+    if model_type not in KINDS:
+        raise NotHeld(f"weights {path}: model_type is {model_type[:40]!r}, expected {' or '.join(KINDS)}")
+    kind = KINDS[model_type]
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in kind.arguments.items()}
+    gated = config.get(kind.gate, False) is True
+    fixed = kind.fixed | ({"hidden_act": act} if (act := kind.acts[gated]) else {})
     if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
         fixed["head_dim"] = values["dim"] / values["heads"]
     for key, expected in fixed.items():
-        found = config.get(key, expected)
-        close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
-        if not close and found != expected:
+        if (found := config.get(key, expected)) != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    with_registers = kind == "dinov2_with_registers"
-    values |= {
-        "patch_size": _one_side(config.get("patch_size", _DINOV2[kind])),
-        "num_registers": config.get("num_register_tokens", 4) if with_registers else 0,
-        "ffn": "swiglu" if swiglu else "mlp",
-        **resampling("transformers", int(with_registers)),
-    }
-    names = {ours: theirs for ours, (theirs, _) in DINOV2_ARGUMENTS.items()}
-    return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
+    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp"}
+    values.setdefault("num_registers", 0)
+    names = {ours: theirs for ours, (theirs, _) in kind.arguments.items()}
+    values |= resampling("transformers", int("num_registers" in names))
+    return Stated(values, path.name, names | {"ffn": kind.gate, "num_registers": _REGISTERS})
 
 
 def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     """timm's hub config: the architecture's name, arguments that differ from its defaults, and the input size."""
     name = config.get("architecture")
-    if not isinstance(name, str) or not _TIMM_VIT.fullmatch(name):
-        raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 kind")
+    dinov3 = isinstance(name, str) and _TIMM_DINOV3.fullmatch(name) is not None
+    if not isinstance(name, str) or not (dinov3 or _TIMM_VIT.fullmatch(name)):
+        raise NotHeld(
+            f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 or DINOv3 kind"
+        )
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    unknown = [key for key in arguments if key not in {*TIMM_ARGUMENTS.values(), *_TIMM_HARMLESS}]
+    names = TIMM_DINOV3_ARGUMENTS if dinov3 else TIMM_ARGUMENTS
+    unknown = [key for key in arguments if key not in {*names.values(), *_TIMM_HARMLESS}]
     if unknown:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
-    values = {ours: _one_side(arguments[theirs]) for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
-    values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
+    values = {ours: _one_side(arguments[theirs]) for ours, theirs in names.items() if theirs in arguments}
+    if dinov3:
+        values.setdefault("rope_base", BASE)
+    else:
+        values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
     size = _pretrained(config).get("input_size")
     if "image_size" not in values and isinstance(size, list) and len(size) == 3:
         values["image_size"] = size[1:]
-    return Stated(values | resampling("timm", 0), path.name, TIMM_ARGUMENTS)
+    return Stated(values | resampling("timm", 0), path.name, names)
 
 
 def _one_side(size: Any) -> Any:

@@ -5,9 +5,8 @@ random weights under the name of trained ones would be measured, shown and expor
 """
 
 from pathlib import Path
-from typing import Any
 
-from dinoreg.models.registry import SIZES, parse_name
+from dinoreg.models.registry import split_name, stem
 from dinoreg.runtime.errors import UserError
 
 RANDOM = "random:"
@@ -29,14 +28,13 @@ def not_there(source: str | Path) -> UserError:
     if random_name(text) is not None:
         return UserError(f"weights {text!r}: random weights are no file; without init= a run starts from random ones")
     try:
-        architecture = parse_name(text.removeprefix("timm/"))
+        published = _published(text.removeprefix("timm/"))
     except UserError:
         hint = ", or random:NAME for random weights" if "/" not in text else ""
         return UserError(
             f"weights {text!r}: no such file or run folder; nothing is downloaded: fetch the weights and give their "
             f"path{hint}"
         )
-    published = _published(text, architecture)
     fetch = f"fetch {published} and give its path" if published else "no weights are published under it"
     return UserError(
         f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}, "
@@ -44,16 +42,17 @@ def not_there(source: str | Path) -> UserError:
     )
 
 
-def _published(name: str, architecture: dict[str, Any]) -> str | None:
-    """The file or hub folder that holds the published weights, or None: 14-pixel patches, with 4 registers or none."""
-    size = next(letter for letter, values in SIZES.items() if values["dim"] == architecture["dim"])
-    registers = architecture["num_registers"]
-    if size not in _LIBRARY_SIZES or architecture["patch_size"] != 14 or registers not in (0, 4):
+def _published(name: str) -> str | None:
+    """The file or hub folder that holds the published weights; None: there are none. UserError for an unknown name."""
+    size, patch, registers, rope, _ = split_name(name)
+    if rope and size not in ("t", "g") and (patch, registers) == (16, 4):
+        return f"the folder huggingface.co/facebook/dinov3-{stem(size, 16)}-pretrain-lvd1689m"
+    if rope or size not in _LIBRARY_SIZES or patch != 14 or registers not in (0, 4):
         return None
     if "dinov2-" in name:
         middle = "with-registers-" if registers else ""
         return f"the folder huggingface.co/facebook/dinov2-{middle}{_LIBRARY_SIZES[size]}"
-    if name.removeprefix("timm/").startswith("vit_"):
+    if name.startswith("vit_"):
         middle = "reg4_" if registers else ""
         return f"the folder huggingface.co/timm/vit_{_LIBRARY_SIZES[size]}_patch14_{middle}dinov2.lvd142m"
     return META_FILE.format(model=f"vit{size}14", registers="_reg4" if registers else "")

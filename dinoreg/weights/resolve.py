@@ -8,19 +8,21 @@ cannot lead out of its run folder.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
-from dinoreg.runtime.json_files import as_sides, read_text
+from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
+from dinoreg.weights.convert_dinov3 import from_dinov3, is_dinov3
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 from dinoreg.weights.names import not_there, random_name
@@ -37,8 +39,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
 
-_HEAD_KEY = re.compile(r"(dino_head|ibot_head|distill_head|head|classifier)\.")
-_STEP_NAME = re.compile(r"step_\d+")
+# Beside the backbone's own tensors: heads, and in DINOv3's files a norm of local crops, periods and the biases' masks.
+_HEAD_KEY = re.compile(
+    r"(dino_head|ibot_head|distill_head|head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class Weights:
     """The content of a weight file, with the encoder's own key names, float32 on the CPU.
 
     backbone  the encoder's tensors, by name
-    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), and of the
-              entries beside the state dict in a training file (optimizer, student, ...)
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), of what
+              DINOv3's files have besides (local_cls_norm.*, rope_embed.*, *.bias_mask), and of the entries beside the
+              state dict in a training file (optimizer, student, ...)
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
@@ -98,7 +103,7 @@ def find_weights(source: str | Path) -> Path | None:
     if path.name in POINTERS and not (is_file or is_folder):
         path = _pointer(path)
         is_file = path.is_file()
-    checkpoint = (is_file and path.name in POINTERS) or (is_folder and _STEP_NAME.fullmatch(path.name))
+    checkpoint = (is_file and path.name in POINTERS) or (is_folder and STEP_NAME.fullmatch(path.name))
     if checkpoint and path.parent.name == "checkpoints":  # every checkpoint is written together with a teacher file
         run = path.parent.parent
         if (teacher := _teacher_of(run, path.name)) is None:
@@ -111,7 +116,7 @@ def find_weights(source: str | Path) -> Path | None:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
-    steps = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
+    steps = [p for p in path.glob("teacher/step_*.safetensors") if STEP_NAME.fullmatch(p.stem)]
     newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
     return _teacher_of(path, "last") or newest or _only_file(path)
 
@@ -129,10 +134,9 @@ def _pointer(path: Path) -> Path:
 
 def _teacher_of(run: Path, checkpoint: str) -> Path | None:
     """The teacher file of a run's checkpoint, by the checkpoint's own name or that of a pointer to it."""
-    pointer = run / "checkpoints" / checkpoint
-    step = read_text(pointer)[:100].strip() if checkpoint in POINTERS else checkpoint
+    step = read_pointer(run / "checkpoints", checkpoint) if checkpoint in POINTERS else checkpoint
     teacher = run / "teacher" / f"{step}.safetensors"
-    return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
+    return teacher if STEP_NAME.fullmatch(step or "") and teacher.is_file() else None
 
 
 def _only_file(folder: Path) -> Path:
@@ -171,17 +175,21 @@ def read_weights(source: str | Path) -> Weights:
     try:
         found_in_file = find_backbone(content)
         state = _plain(found_in_file.state)  # before tokens and positions are added up
-        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
-            raise UserError(
-                "no 'pos_embed': its positions are not learned, but rotary (as in DINOv3 and EVA) or of another kind, "
-                "which this encoder does not have; timm runs a model of its own as weights=timm:NAME:FILE"
-            )
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
         if metadata.get("format") == TEACHER_FORMAT:
             found = "dinoreg"  # without registers the names alone would look like timm's
-        backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
+        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
+            if not is_dinov3(state) and stated.values.get("rope_base") is None:
+                raise UserError(
+                    "no 'pos_embed': its positions are not learned, and nothing says that they are rotary as DINOv3's; "
+                    "timm runs a model of its own as weights=timm:NAME:FILE"
+                )
+            stated = replace(stated, values={"rope_base": BASE, **stated.values})
+            backbone = from_dinov3(state, found)
+        else:
+            backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from None
     heads = [key for key in backbone if _HEAD_KEY.match(key)]

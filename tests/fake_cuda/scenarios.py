@@ -54,16 +54,24 @@ def _state(config: Config) -> TrainState:
 def step(config: str | None, overrides: dict[str, Any], warm: int = 2, traffic: bool = False) -> dict[str, Any]:
     """One training step after `warm` others of the same batch, without augmentation: {"counts", "attention"}.
 
-    traffic  also "traffic": bytes that operations read and write, by kind, see `Traffic`
+    traffic  also "traffic": bytes that operations read and write, by kind, see `Traffic`; with model.compile those of
+             the kernels that inductor plans, see `planned_kernels`
     """
     settings = load_config(config, overrides)
     dtype, state = _dtype(settings), _state(settings)
     batch = random_batch(settings, state.student.backbone.patch_size, DEVICE)
-    for _ in range(warm):
-        take_step(settings, state, batch, dtype)
     found = Traffic()
-    with counted() as counts, found if traffic else contextlib.nullcontext():
-        take_step(settings, state, batch, dtype)
+    with contextlib.ExitStack() as stack:
+        if settings.model.compile:
+            from tests.fake_cuda.compiled import planned_kernels  # seconds, which other steps do not need
+
+            stack.enter_context(planned_kernels(found.bytes))
+            compile_blocks(state.student, state.teacher)
+        for _ in range(warm):
+            take_step(settings, state, batch, dtype)
+        found.bytes.clear()
+        with counted() as counts, found if traffic else contextlib.nullcontext():
+            take_step(settings, state, batch, dtype)
     attention = resolve_backend(settings.model.attention, DEVICE, 201, dtype)
     return {"counts": counts, "attention": attention, "traffic": dict(found.bytes)}
 

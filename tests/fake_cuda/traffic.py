@@ -14,7 +14,7 @@ ATTENTION = ("flash", "efficient_attention")
 # They move nothing: views of which the schema does not say so, and memory that is only reserved.
 NOTHING = (
     *("detach", "alias", "split", "unbind", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_"),
-    *("empty", "empty_like", "new_empty", "empty_strided"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
 )
 MADE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")  # read nothing
 OVERWRITING = ("fill_", "zero_", "copy_", "bernoulli_", "random_")  # do not read what they write to
@@ -32,6 +32,13 @@ def _sizes(values: Any) -> int:
     return sum(_size(value) for value in tree_leaves(values) if isinstance(value, torch.Tensor))
 
 
+def kind_of(name: str) -> str:
+    """An operation's name, or "products" or "attention"."""
+    if name in PRODUCTS:
+        return "products"
+    return "attention" if any(kind in name for kind in ATTENTION) else name
+
+
 class Traffic(TorchDispatchMode):
     """A context that adds up, by operation, the bytes of its inputs and outputs.
 
@@ -47,14 +54,8 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if not func.is_view and name not in NOTHING:
-            self.bytes[self._kind(name)] += self._moved(name, args, kwargs or {}, out)
+            self.bytes[kind_of(name)] += self._moved(name, args, kwargs or {}, out)
         return out
-
-    @staticmethod
-    def _kind(name: str) -> str:
-        if name in PRODUCTS:
-            return "products"
-        return "attention" if any(kind in name for kind in ATTENTION) else name
 
     @staticmethod
     def _moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
@@ -63,8 +64,11 @@ class Traffic(TorchDispatchMode):
             return 2 * _sizes(out)
         if name in ("index_add_", "index_copy_"):  # rows are read and written, not all of the tensor
             return (3 if name == "index_add_" else 2) * _size(args[-1])
-        if name.startswith("_fused_"):  # parameters, gradients and moments are read, all but gradients written
-            return given + _sizes([part for index, part in enumerate(args) if isinstance(part, list) and index != 1])
+        if name.startswith("_fused_"):  # all is read, and written but for gradients that are not scaled
+            kept = () if kwargs.get("grad_scale") is not None else (1,)
+            return given + _sizes(
+                [part for index, part in enumerate(args) if isinstance(part, list) and index not in kept]
+            )
         if name.startswith("_foreach_") and name.endswith("_"):
             return given + _sizes(args[0]) - (_sizes(args[0]) if name == "_foreach_copy_" else 0)
         if name.endswith("_"):

@@ -105,6 +105,8 @@ class Encoder(ABC):
                 f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
                 f"expected multiples of the patch size {self.patch_size}"
             )
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # from other memory the copy would wait for the device
         return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -238,11 +240,12 @@ class TimmEncoder(_ModuleEncoder):
 
 
 class TransformersEncoder(_ModuleEncoder):
-    """An encoder around transformers' Dinov2Model, Dinov2WithRegistersModel or ViTModel; UserError for others."""
+    """An encoder around transformers' Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or ViTModel."""
 
     def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
         settings: Any = getattr(module, "config", None)
-        if not hasattr(module, "layernorm") or not hasattr(settings, "patch_size"):
+        self._norm: Any = getattr(module, "layernorm", getattr(module, "norm", None))
+        if self._norm is None or not hasattr(settings, "patch_size"):
             raise UserError(f"{type(module).__name__}: expected a ViT of transformers with a final `layernorm`")
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
         self.patch_size, self.in_channels = int(settings.patch_size), int(settings.num_channels)
@@ -259,7 +262,7 @@ class TransformersEncoder(_ModuleEncoder):
         if list(blocks) == [self.depth - 1] and norm:
             return [_split(self._forward(x).last_hidden_state, self.num_registers)]
         states = self._forward(x, output_hidden_states=True).hidden_states[1:]
-        chosen = (self.module.layernorm(states[each]) if norm else states[each] for each in blocks)
+        chosen = (self._norm(states[each]) if norm else states[each] for each in blocks)
         return [_split(each, self.num_registers) for each in chosen]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,6 +42,17 @@ class Opened(NamedTuple):
     run: Path | None = None
     step: int = 0
 
+    @property
+    def name(self) -> str:
+        """The encoder's."""
+        return self.encoder.name
+
+    @property
+    def model(self) -> RegisterViT:
+        """The network of an encoder that is one of ours, as those of `open_native` are."""
+        assert isinstance(self.encoder, NativeEncoder)
+        return self.encoder.module
+
 
 def open_model(model: Any, device: str, precision: str) -> Opened:
     """The encoder of a model of ours, timm or transformers, or of what `weights=` takes, for the options of a verb.

@@ -105,9 +105,10 @@ def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     else:
         # Few images need few steps; the head is chosen on held-out training images: the reported ones stay unseen.
         steps = int(np.clip(-(-len(train) // 1024), max(EPOCH_STEPS[0] // folds, 5), EPOCH_STEPS[1]))
-        options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
-        protocols = ("logistic", "linear", "knn", "few_shot")
-        kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
+        options = {"augment": False, "choose_on": "train", "epoch_steps": steps}
+        kind, tasks = "classification", [Task(each, read, "top-1") for each in ("logistic", "knn", "few_shot")]
+        tasks.insert(1, Task("linear", read, "top-1", options=options))
+        tasks.append(Task("attention", read, "top-1", options=options, asked=True))
     counts = counts_in_words({name: len(part) for name, part in data.splits.items()})
     splits = counts if folds == 1 else f"{counts} in {folds} folds"
     return replace(blank, task=kind, classes=train.num_classes, splits=splits, tasks=tuple(tasks))

@@ -30,13 +30,14 @@ from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.images import Picture, read_picture, stack_images
+from dinoreg.runtime.digest import blocks
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.regular_files import open_regular
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
-_BLOCK = 1 << 24  # bytes of a file that are checked at once
 
 
 def extract_features(
@@ -99,7 +100,7 @@ def _superset(folder: Path, name: str, count: int, wanted: list[str]) -> np.ndar
     """The wanted slots of a file that is whole and has them side by side, (count, slots, D); None without one."""
     for noted in sorted(folder.glob(f"{name}-*.json")):
         note = read_json(noted)
-        kept = note.get("slots", [])
+        kept = note["slots"] if isinstance(note.get("slots"), list) else []
         first = kept.index(wanted[0]) if wanted[0] in kept else len(kept)
         path = noted.with_suffix(".npy")
         # A slice, unlike a list of places, stays on the disk.
@@ -218,7 +219,7 @@ def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
         return 0, 0
     with (
         contextlib.suppress(OSError, ValueError, SyntaxError, tokenize.TokenError),
-        open(path if done == count else part_name(path), "rb") as file,
+        open_regular(path if done == count else part_name(path)) as file,
     ):
         shape, dtype = _read_header(file)
         start, size, now = file.tell(), done * int(np.prod(shape[1:])) * dtype.itemsize, os.fstat(file.fileno())
@@ -234,18 +235,15 @@ _say_once = lru_cache(maxsize=64)(print_status)
 
 @lru_cache(maxsize=64)
 def _checksum(path: Path, start: int, size: int, dtype: str, inode: int, modified: int) -> int | None:
-    """CRC-32 of the floats in `size` bytes from `start`; None where they end before, or not all are finite.
+    """CRC-32 of the floats in `size` bytes from `start`; None where not all are finite.
 
     inode, modified  of the file: while they are the same, it is read once, however many protocols ask
     """
     crc = 0
-    with open(path, "rb") as file:
-        file.seek(start)
-        while size > 0:
-            block = file.read(min(size, _BLOCK))
-            if not block or not np.isfinite(np.frombuffer(block, dtype)).all():
-                return None
-            crc, size = zlib.crc32(block, crc), size - len(block)
+    for block in blocks(path, start, size):
+        if not np.isfinite(np.frombuffer(block, dtype)).all():
+            return None
+        crc = zlib.crc32(block, crc)
     return crc
 
 
@@ -257,13 +255,14 @@ def _aside(path: Path) -> tuple[Path, BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = part_name(path)
-    file: BinaryIO = open(os.open(aside, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - `extract_rows` closes
+    # A link would lead elsewhere.
+    file: BinaryIO = open(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         aside = part_name(path, str(os.getpid()))
-        file = open(aside, "w+b")  # noqa: SIM115
+        file = open(aside, "w+b")  # noqa: SIM115 - `extract_rows` closes them
     return aside, file
 
 

@@ -7,6 +7,7 @@ chosen so says so, and `linear.choose_on=train` chooses on held-out images inste
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import extract_features, slots
 from dinoreg.evaluation.features.images import Picture, cropped, read_picture, resized, size_of, stack_images, to_array
-from dinoreg.evaluation.options import LinearOptions
 from dinoreg.evaluation.protocols.classification import (
     METRICS,
     accuracy_row,
@@ -63,14 +63,23 @@ class Kind:
 
 
 def evaluate(measured: Measurement) -> list[Row]:
+    """The rows of DINOv2's grid, as `grid_rows`."""
+    return grid_rows(measured, "linear", Grid)
+
+
+def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> list[Row]:
     """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings.
+
+    name  of the protocol, and of its options
 
     Accuracy in [0, 1]. Raises as `labelled_folds` and `extract_features`, and RunError where every head diverges.
     """
     test, folds = labelled_folds(measured)
-    titles = [f"linear, fold {number} of {len(folds)}" for number in range(1, len(folds) + 1)]
-    grids = [_trained(measured, *each) for each in zip(folds, titles if len(folds) > 1 else ["linear"])]
-    grid, chosen_on = grids[0].grid, grids[0].chosen_on
+    titles = [f"{name}, fold {number} of {len(folds)}" for number in range(1, len(folds) + 1)]
+    chosen = getattr(measured.options, name)
+    learn = partial(kind_of_grid.of, measured, chosen)
+    grids = [learn(*each) for each in zip(folds, titles if len(folds) > 1 else [name])]
+    grid, chosen_on = grids[0], grids[0].chosen_on
 
     def pooled(kind: Kind | None) -> tuple[np.ndarray, str | list[str]]:
         """What the best heads, of one kind of input or of any, say of all test images, and which they are."""
@@ -81,19 +90,19 @@ def evaluate(measured: Measurement) -> list[Row]:
         return predicted, per_fold(names)
 
     predicted, best = pooled(None)
-    draw_mistakes(measured, test, predicted, "linear")
+    draw_mistakes(measured, test, predicted, name)
     settings = {
         "steps": grid.steps,
         "batch_size": grid.batch_size,
-        "augment": measured.options.linear.augment,
+        "augment": chosen.augment,
         "image_size": measured.context.image_size,
-        "optimizer": "SGD, momentum 0.9, cosine to 0",
+        "optimizer": grid.optimizer,
         "best": best,
         "grid": {name: per_fold([each.reported[name] for each in grids]) for name in grids[0].reported},
     }
     shared: dict[str, Any] = {
         "chosen_on": chosen_on + ", as published" * (chosen_on == REPORTED),
-        "n_train": learnt_from([len(each.grid.rows) for each in grids]),
+        "n_train": learnt_from([len(each.rows) for each in grids]),
     }
     rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
     for kind in grid.kinds if len(grid.kinds) > 1 else ():
@@ -103,89 +112,89 @@ def evaluate(measured: Measurement) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained grid with what its heads say of the test images, and their scores.
-
-    said        {head: classes (n,) int64} of the test images
-    validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
-                of lower loss come first. None: by `reported`, the scores on the test images
-    chosen_on   in words
-    """
-
-    grid: "Grid"
-    said: dict[str, np.ndarray]
-    reported: dict[str, float]
-    validation: dict[str, float] | None
-    chosen_on: str
-
-    def best(self, kind: Kind | None) -> str:
-        """The best head, of one kind of input or of any."""
-        names = self.reported if kind is None else self.grid.names(kind)
-        own = None if self.validation is None else {name: at for name, at in self.validation.items() if name in names}
-        return choose_best({name: self.reported[name] for name in names}, own)[0]
-
-
-def _trained(measured: Measurement, fold: Fold[Labelled], name: str) -> _Trained:
-    """All heads trained and scored in one fold; `name` is that of the saved state."""
-    chosen, context, metric = measured.options.linear, measured.context, measured.task.metric
-    train, test, val = fold.train, fold.test, fold.val
-    held_out = np.zeros(len(train), dtype=bool)
-    if val is None and chosen.choose_on == "train":
-        held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
-    grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
-    features = grid.features(test, "test")
-    grid.train(features.shape[2])
-    (reported, said), validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
-    if val is not None:
-        validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
-    elif held_out.any():
-        known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
-        validation, _ = grid.scores(known, train.labels, metric, rows)
-        loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
-        validation = {name: validation[name] for name in sorted(validation, key=lambda name: loss[name])}
-        words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
-    return _Trained(grid, said, reported, validation, choose_best(reported, validation, words)[1])
-
-
 class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
-    rows   (m,) indices into the training split of the images that the heads learn from
-    name   of the saved state
-    kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
-    maps   {kind: its heads' map to (rates x classes) logits}, once trained
+    rows        (m,) indices into the training split of the images that the heads learn from
+    name        of the saved state
+    kinds       of input; the heads of one kind, which differ by their rate, are one linear map side by side
+    maps        {kind: its heads' map to (rates x classes) logits}, once trained
+    said        {head: classes (n,) int64} of the test images
+    reported    {head: score} on the test images
+    validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
+                of lower loss come first. None: by `reported`
+    chosen_on   in words
     """
+
+    optimizer = "SGD, momentum 0.9, cosine to 0"
+    chunk = CHUNK
+    said: dict[str, np.ndarray]
+    reported: dict[str, float]
+    validation: dict[str, float] | None = None
+    chosen_on: str
 
     def __init__(
         self,
         encoder: Encoder,
         train: Labelled,
         rows: np.ndarray,
-        options: LinearOptions,
+        options: Any,
         context: Context,
         name: str = "linear",
     ) -> None:
         self.encoder, self.split, self.rows, self.options, self.context = encoder, train, rows, options, context
         self.name = name
-        self.deepest = min(max(options.blocks), encoder.depth)
-        self.blocks = tuple(range(encoder.depth - self.deepest, encoder.depth))
-        self.kinds = [
-            Kind(blocks, bool(pool))
-            for blocks in sorted({min(each, encoder.depth) for each in options.blocks})
-            for pool in sorted({min(each, int(encoder.pools)) for each in options.avgpool})
-        ]
-        self.pooled = any(kind.avgpool for kind in self.kinds)
         self.batch_size = min(options.batch_size, len(rows))
+        self.rates = [lr * (self.batch_size / 256) for lr in options.lrs]
+        self.kinds = self.inputs_of(options)
         self.steps = options.epochs * (options.epoch_steps or math.ceil(len(rows) / self.batch_size))
         self.no_answers = np.setdiff1d(np.arange(train.num_classes), train.answers)
-        self.maps: dict[Kind, nn.Linear] = {}
+        self.maps: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, measured: Measurement, chosen: Any, fold: Fold[Labelled], name: str) -> "Grid":
+        """A grid that was trained and scored in one fold; `name` is that of the saved state."""
+        context, metric = measured.context, measured.task.metric
+        train, test, val, words = fold.train, fold.test, fold.val, OFFICIAL
+        held_out = np.zeros(len(train), dtype=bool)
+        if val is None and chosen.choose_on == "train":
+            held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
+        grid = cls(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
+        features = grid.features(test, "test")
+        grid.train(features.shape[2])
+        grid.reported, grid.said = grid.scores(features, test.labels, metric)
+        if val is not None:
+            grid.validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
+        elif held_out.any():
+            known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
+            scores, _ = grid.scores(known, train.labels, metric, rows)
+            loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
+            grid.validation = {name: scores[name] for name in sorted(scores, key=lambda name: loss[name])}
+            words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
+        grid.chosen_on = choose_best(grid.reported, grid.validation, words)[1]
+        return grid
+
+    def best(self, kind: Any) -> str:
+        """The best head, of one kind of input or, with None, of any."""
+        names = self.reported if kind is None else self.names(kind)
+        own = None if self.validation is None else {name: at for name, at in self.validation.items() if name in names}
+        return choose_best({name: self.reported[name] for name in names}, own)[0]
+
+    def inputs_of(self, options: Any) -> list[Any]:
+        """The kinds of input that the options ask for and the encoder has."""
+        encoder = self.encoder
+        self.deepest = min(max(options.blocks), encoder.depth)
+        self.blocks = tuple(range(encoder.depth - self.deepest, encoder.depth))
+        blocks = sorted({min(each, encoder.depth) for each in options.blocks})
+        pools = sorted({min(each, int(encoder.pools)) for each in options.avgpool})
+        self.pooled = bool(pools[-1])
+        return [Kind(number, bool(pool)) for number in blocks for pool in pools]
 
     def names(self, kind: Kind) -> list[str]:
         """The names of the heads of one kind of input, one for each learning rate."""
         return [f"{kind}, lr {lr:g}" for lr in self.options.lrs]
 
-    def features(self, split: Labelled, what: str) -> np.ndarray:
+    def features(self, split: Labelled, what: str) -> Any:
         """Centre-crop features (n, slots, D), cached: class tokens of the blocks in use, and the mean patch token.
 
         what    description of the images, beside the progress
@@ -194,7 +203,7 @@ class Grid:
         crop, what = self.context.crop(split.source, RESIZE), f"features of {what}"
         return extract_features(self.context, self.encoder, split.source, crop, self.blocks, self.pooled, what)
 
-    def logits(self, x: Tensor) -> dict[Kind, Tensor]:
+    def logits(self, x: Tensor) -> dict[Any, Tensor]:
         """Every head's logits: {kind: (b, rates, classes)} of features (b, slots, D)."""
         shape = (len(x), len(self.options.lrs), self.split.num_classes)
         return {
@@ -211,8 +220,7 @@ class Grid:
         for kind, logits in self.logits(x).items():
             truth = labels[:, None].expand(logits.shape[:2])
             losses = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(dim=0)  # (rates,)
-            rates = losses.new_tensor(self.options.lrs) * (self.batch_size / 256)
-            found |= dict(zip(self.names(kind), (losses * rates).unbind()))
+            found |= dict(zip(self.names(kind), (losses * losses.new_tensor(self.rates)).unbind()))
         return found
 
     def start(self, width: int) -> None:
@@ -225,11 +233,15 @@ class Grid:
             nn.init.zeros_(self.maps[kind].bias)
             self.maps[kind].to(self.encoder.device)
 
+    def optimize(self, heads: Any) -> torch.optim.Optimizer:
+        """An optimizer of the heads of one kind of input."""
+        return torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+
     def train(self, width: int) -> None:
         """Train fresh heads over tokens of width D; RunError where all of them diverge."""
         self.start(width)
-        heads = {str(kind): linear for kind, linear in self.maps.items()}
-        sgd = {key: torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9) for key, head in heads.items()}
+        heads = {str(kind): each for kind, each in self.maps.items()}
+        optimizers = {key: self.optimize(each) for key, each in heads.items()}
         cached = None if self.options.augment else self.features(self.split, "train")
         seed, workers = self.context.seed, self.context.workers
         with training_stream(self._crop, len(self.rows), self.batch_size, self.steps, seed, workers) as stream:
@@ -238,7 +250,8 @@ class Grid:
                 x, rows = self.stored(cached, step) if cached is not None else self.augmented(stream(step))
                 return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
 
-            train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, self.name)
+            factor = partial(cosine, steps=self.steps)
+            train_heads(heads, optimizers, losses, self.steps, factor, self.context, self.name)
 
     def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
         """Cached features (b, slots, D) float32 of the training images of a step, and their indices (b,) in the split.
@@ -255,9 +268,17 @@ class Grid:
 
         samples  (position in `rows`, crop (S, S, C) uint8, or float32 in 0..255) of each
         """
-        parts = stack_images([crop for _, crop in samples]).split(self.context.batch_size)
-        features = torch.cat([slots(self.encoder, part, self.blocks, self.pooled) for part in parts])
+        features = self.encoded([crop for _, crop in samples])
         return features, self.rows[[index for index, _ in samples]]
+
+    def encoded(self, crops: Sequence[np.ndarray]) -> Tensor:
+        """Features (b, slots, D) float32 of crops (S, S, C) uint8, or float32 in 0..255."""
+        parts = stack_images(crops).split(self.context.batch_size)
+        return torch.cat([self.tokens(part) for part in parts])
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """What heads see of images (b, C, H, W): (b, slots, D) float32."""
+        return slots(self.encoder, images, self.blocks, self.pooled)
 
     @torch.no_grad()
     def scores(
@@ -287,8 +308,8 @@ class Grid:
     def mean_losses(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         """{head: mean cross-entropy, infinite where it is not finite} of the rows (m,) of features and labels."""
         total = {kind: torch.zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
-        for start, x in zip(range(0, len(rows), CHUNK), self._chunks(features, rows)):
-            truth = torch.from_numpy(labels[rows[start : start + CHUNK]]).to(x.device)[:, None]
+        for start, x in zip(range(0, len(rows), self.chunk), self._chunks(features, rows)):
+            truth = torch.from_numpy(labels[rows[start : start + self.chunk]]).to(x.device)[:, None]
             for kind, logits in self.logits(x).items():
                 each = F.cross_entropy(logits.transpose(1, 2), truth.expand(logits.shape[:2]), reduction="none")
                 total[kind] += each.double().sum(dim=0).cpu()
@@ -298,8 +319,8 @@ class Grid:
 
     def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
         """(b, slots, D) float32 on the device, of some rows in order."""
-        for start in range(0, len(rows), CHUNK):
-            values = features[rows[start : start + CHUNK]].astype(np.float32)
+        for start in range(0, len(rows), self.chunk):
+            values = features[rows[start : start + self.chunk]].astype(np.float32)
             yield torch.from_numpy(values).to(self.encoder.device)
 
     def _crop(self, index: int, rng: np.random.Generator) -> np.ndarray:

@@ -23,7 +23,7 @@ from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 
 LEVELS = MappingProxyType({"Medium": ((1, 2), (-1,)), "Hard": ((2,), (1, -1))})  # to be found, counted neither way
-LEAST = 1e-6  # of a patch's values in the generalised mean
+POWER, LEAST = 3.0, 1e-6  # of the generalised mean, and of the values that it is taken of
 MISSING = "retrieval needs a {name} split of images; the dataset has {splits}"
 
 
@@ -36,7 +36,6 @@ def evaluate(measured: Measurement) -> list[Row]:
     measured.check_metric("retrieval", ("mAP",))
     queries, database = (measured.split(name, Searched, MISSING) for name in ("test", "database"))
     asked, known = _described(measured, queries, "queries"), _described(measured, database, "database")
-    settings = {"size": measured.options.retrieval.size}
     rows = []
     for kind, own, others in zip(("class token", "GeM"), asked, known):
         cosines = (own @ others.mT).numpy()
@@ -48,7 +47,7 @@ def evaluate(measured: Measurement) -> list[Row]:
                 bootstrap_interval(found, seed=measured.context.seed),
                 variant=f"{kind}, {level}",
                 n_test=len(found),
-                settings=settings if kind == "class token" else {**settings, "power": measured.options.retrieval.power},
+                settings={"size": measured.options.retrieval.size},
                 details={"AP": precisions.tolist(), "images": len(database)},
             )
             rows.append(row)
@@ -63,12 +62,8 @@ def average_precisions(
     cosines, relevance  (q, n) of queries and images; equal cosines are one rank, whatever their order
     wanted, neither     values of `relevance` that are to be found, and that count neither way
     """
-    return np.array(
-        [
-            Ranking(row, np.isin(truth, wanted), np.isin(truth, neither)).curve().average("trapezoid")
-            for row, truth in zip(cosines, relevance)
-        ]
-    )
+    rankings = map(Ranking, cosines, np.isin(relevance, wanted), np.isin(relevance, neither))
+    return np.array([ranking.curve().average("trapezoid") for ranking in rankings])
 
 
 def _described(measured: Measurement, split: Searched, name: str) -> list[Tensor]:
@@ -82,7 +77,7 @@ def _described(measured: Measurement, split: Searched, name: str) -> list[Tensor
     def compute(index: int, pixels: np.ndarray) -> list[Tensor]:
         tokens = encoder.tokens(pad_to_patches(pixels, encoder.patch_size, encoder.preprocessing.mean)[None])
         require_finite(tokens.patches, [split.source.name(index)], encoder)
-        mean = tokens.patches.clamp(min=LEAST).pow(settings.power).mean(dim=1).pow(1 / settings.power)
+        mean = tokens.patches.clamp(min=LEAST).pow(POWER).mean(dim=1).pow(1 / POWER)
         return [F.normalize(each[0], dim=-1).cpu() for each in (tokens.cls, mean)]
 
     key = (encoder.identity, encoder.dtype, split.source.stamp(), settings)

@@ -18,7 +18,6 @@ from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, find_benchmark, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import DINOV2, released
-from dinoreg.evaluation.readers.files import whole_number
 from dinoreg.runtime.errors import UserError
 
 ABOVE = 4  # folders in which ImageNet-1k is looked for, from the one that the set lies in
@@ -32,10 +31,9 @@ def imagenet_set(
     archive: str,
     published: tuple[Published, ...],
     *,
-    layouts: tuple[tuple[str, ...], ...] = (("n[0-9]*",),),
+    layouts: tuple[tuple[str, ...], ...] = (("n[0-9]*/",),),
     folders: tuple[str, ...] = (),
     classes: int = 1000,
-    numbered: bool = False,
     finish: Callable[[Data, list[str]], Data] = lambda data, _places: data,
 ) -> Benchmark:
     """The declaration of a set, with DINOv2's linear grid and weighted k-NN.
@@ -45,17 +43,24 @@ def imagenet_set(
     layouts    sets of paths, of which one must exist below its folder
     folders    that it may be besides its name, with underscores or hyphens
     classes    that it has pictures of; where these are not all, an answer is chosen among them, as published
-    numbered   its folders are ranks of sorted wnids, from 0
     finish     (data, the folder of each tested picture below the set's) -> data
     """
 
     def read(folder: Path, options: Options) -> Data:
         data = _learnt(name, folder, options["imagenet"])
         train, wnids = data.splits["train"], data.extra["wnids"]
-        pictures = [path for path in index_folder(folder) if os.sep in path]
+        # Nothing else is looked at: an archive that was unpacked beside other data has its folders among them.
+        parts = next((paths for paths in layouts if all((folder / path).is_dir() for path in paths)), (".",))
+        bases = {os.path.relpath(folder / part, folder): index_folder(folder / part) for part in parts}
+        found = (os.path.normpath(os.path.join(base, path)) for base, paths in bases.items() for path in paths)
+        pictures = [path for path in found if os.sep in path]
         places = [os.path.dirname(path) for path in pictures]
-        label_of = {place: _label(name, folder / place, wnids, numbered) for place in set(places)}
-        labels = np.array([label_of[place] for place in places])
+        ranks = {wnid: rank for rank, wnid in enumerate(wnids)} | {str(rank): rank for rank in range(len(wnids))}
+        for place in sorted(set(places)):
+            if os.path.basename(place) not in ranks:
+                what = f"neither a class of the {len(wnids)} of ImageNet-1k nor the rank of one"
+                raise UserError(f"{name}: {folder / place} is {what}")
+        labels = np.array([ranks[os.path.basename(place)] for place in places])
         among = np.unique(labels) if classes < 1000 else None
         test = Labelled(PathSource(str(folder), PathBlock.of(pictures)), labels, len(wnids), among=among)
         return finish(replace(data, splits={"train": replace(train, among=among), "test": test}), places)
@@ -77,7 +82,7 @@ def imagenet_set(
 def _learnt(name: str, folder: Path, given: str) -> Data:
     """ImageNet-1k as its own declaration reads it; UserError where it is neither in the given folder nor beside."""
     imagenet, said = find_benchmark("imagenet1k"), ""
-    for place in [folder / Path(given).expanduser()] if given else folder.parents[:ABOVE]:
+    for place in [folder / Path(given).expanduser()] if given else [folder, *folder.parents][:ABOVE]:
         try:
             found = imagenet.find(place)
         except UserError as error:
@@ -85,12 +90,3 @@ def _learnt(name: str, folder: Path, given: str) -> Data:
         else:
             return imagenet.tasks[0].read(found, imagenet.option_values({}))
     raise UserError(f"{name}: learns from ImageNet-1k, which {name}.imagenet=FOLDER says where to find: {said}")
-
-
-def _label(name: str, place: Path, wnids: list[str], numbered: bool) -> int:
-    """The class of the pictures in a folder; UserError for one that is none of ImageNet-1k's."""
-    if numbered:
-        return whole_number(place.name, "the class of its pictures", place, 0, len(wnids) - 1)
-    if place.name not in wnids:
-        raise UserError(f"{name}: {place} is named after none of the {len(wnids)} classes of ImageNet-1k")
-    return wnids.index(place.name)
