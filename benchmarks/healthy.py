@@ -93,8 +93,8 @@ def main() -> None:
                 all_curves.append(curves(out, load_config(out / "config.yaml").head.prototypes))
     bands = {
         name: [
-            [float(f"{value:.4g}") for value in ends([each[name][row] for each in all_curves], axis=0)]
-            for row, ends in enumerate((np.nanmin, np.nanmax))
+            [float(f"{value * outward:.4g}") for value in ends([each[name][row] for each in all_curves], axis=0)]
+            for row, (ends, outward) in enumerate(((np.nanmin, 0.999), (np.nanmax, 1.001)))
         ]
         for name in SIGNALS
     }

@@ -153,8 +153,9 @@ def _chart(
     if healthy and lines and run.num_steps:
         low, high = (np.array(values) * (level if ln_k else 1.0) for values in HEALTHY[healthy])
         band = options["band"] = Band(np.linspace(0, run.num_steps, len(low) + 1), low, high)
-        share = f"{band.share_within(lines[0]):.0%} of the values of {lines[0].name}"
-        note += f" {share} are in the grey band of {HEALTHY['runs']} healthy runs of small networks."
+        curve = "The curve" if len(lines) == 1 else f"The curve of {lines[0].name}"
+        note += f" {curve} is in the grey band of {HEALTHY['runs']} healthy runs of small networks for "
+        note += f"{band.share_within(lines[0]):.0%} of the run."
     return Chart(title, note, lines, {"ln K": level} if ln_k else {}, **options)
 
 
