@@ -16,7 +16,7 @@ from dinoreg.data.source import ChosenSource, Source
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11
+    from typing_extensions import Self
 
 IGNORED = 255  # in a segmentation mask: void, counts neither way
 
