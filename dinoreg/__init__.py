@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.plan.run import plan
     from dinoreg.reports.run_list import runs
-    from dinoreg.weights.load import load
+    from dinoreg.weights.load import load, select_channels
 
 # Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
 # step then takes ten times as long. The library reads this when PyTorch is loaded, which is later.
@@ -37,7 +37,7 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["embed", "inspect", "plan", "registers", "runs", "transform", "verdict", "view"]
+__all__ += ["embed", "inspect", "plan", "registers", "runs", "select_channels", "transform", "verdict", "view"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -51,6 +51,7 @@ _WHERE = {
     "plan": "dinoreg.plan.run",
     "registers": "dinoreg.commands.registers",
     "runs": "dinoreg.reports.run_list",
+    "select_channels": "dinoreg.weights.load",
     "transform": "dinoreg.evaluation.backbones.open",
     "verdict": "dinoreg.commands.verdict",
     "view": "dinoreg.commands.view",

@@ -65,9 +65,8 @@ BENCHMARK = Benchmark(
     splits="30 per class / rest",
     folders=("caltech101", "caltech-101", "Caltech101"),
     layouts=(needs(ARCHIVE, IMAGES),),
-    tasks=classification_tasks(
-        read, "mean per class", COUNTS, PUBLISHED, validation_images=505
-    ),  # 5 of 30 of each class
+    # 5 of 30 of each class are held out.
+    tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED, validation_images=505),
     download="caltech-101.zip (101_ObjectCategories.tar.gz in it)",
     licence="image copyrights vary; no licence text found",
     options={

@@ -14,7 +14,7 @@ PUBLISHED = (
     *released((70.9, 75.1, 78.0, 78.4), f"{DINOV2}, Table 4"),
     *released((71.0, 75.6, 78.5, 78.8), CARD, registers=4),
 )
-BENCHMARK = imagenet_set("imagenet_v2", TITLE, 10_000, ARCHIVE, PUBLISHED, layouts=(("[0-9]*",),), folders=UNPACKED)
+BENCHMARK = imagenet_set("imagenet_v2", TITLE, 10_000, ARCHIVE, PUBLISHED, layouts=(("[0-9]/",),), folders=UNPACKED)
 
 if __name__ == "__main__":
     script(BENCHMARK)

@@ -16,13 +16,8 @@ from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.files import first_existing, labelled, lines, matched, require_distinct
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
-PLACES = (
-    ".",
-    "..",
-    "../..",
-    "Partitions",
-    "../Partitions",
-)  # of the lists; ../.. where SUN397/ lies in another SUN397/
+# Of the lists; ../.. where SUN397/ lies in another SUN397/.
+PLACES = (".", "..", "../..", "Partitions", "../Partitions")
 
 
 def read(folder: Path, options: Options) -> Data:

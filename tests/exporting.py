@@ -27,7 +27,7 @@ READERS = {
 }
 
 
-ROPE: dict[str, Any] = {"positions": "rope", "key_bias": False, "norm_eps": 1e-5}
+ROPE: dict[str, Any] = {"rope_base": 100.0, "key_bias": False, "norm_eps": 1e-5}
 
 
 def vit(seed: int = 0, **options: Any) -> RegisterViT:

@@ -59,7 +59,7 @@ def test_a_batch_equals_torchvisions_functionals_applied_one_by_one() -> None:
 
 @pytest.mark.parametrize("order", range(24))
 def test_every_order_of_the_colour_changes_equals_torchvisions(order: int) -> None:
-    params = np.zeros((1, len(P)), dtype=np.float32)
+    params = np.zeros((1, P.END), dtype=np.float32)
     params[0, [P.JITTER, P.BRIGHTNESS, P.CONTRAST, P.SATURATION, P.HUE, P.ORDER]] = (
         1,
         1.3,
@@ -93,7 +93,7 @@ def test_only_the_asked_rows_are_written() -> None:
 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_channel_counts_get_brightness_and_contrast_but_no_colour(channels: int) -> None:
-    params = np.zeros((1, len(P)), dtype=np.float32)
+    params = np.zeros((1, P.END), dtype=np.float32)
     params[0, [P.JITTER, P.BRIGHTNESS, P.CONTRAST, P.SATURATION, P.HUE, P.GRAY]] = (1, 0.8, 1.3, 0.1, 0.4, 1)
     crop = pixels(1, channels)
     x = (crop.float() / 255 * 0.8).clamp(0, 1)  # order 0: brightness, contrast, saturation, hue
@@ -103,7 +103,7 @@ def test_other_channel_counts_get_brightness_and_contrast_but_no_colour(channels
 
 def test_undrawn_parameters_leave_a_crop_alone() -> None:
     crop = pixels(2)
-    params = np.zeros((2, len(P)), dtype=np.float32)
+    params = np.zeros((2, P.END), dtype=np.float32)
     torch.testing.assert_close(augment(crop, params, PLAIN), crop.float() / 255, atol=1e-7, rtol=0)
 
 

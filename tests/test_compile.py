@@ -55,6 +55,7 @@ def losses(out: Path) -> list[float]:
         {"model__layerscale": 1e-5, "crops__num_local": 0},
         {"model__depth": 3, "model__drop_path_uniform": False},
         {"probe__every": 2},
+        {"model__name": "vitt8_reg4_rope", "model__rope_jitter": 1.5},
     ],
     ids=lambda options: next(iter(options), "plain"),
 )

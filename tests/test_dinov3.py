@@ -191,7 +191,7 @@ def test_features_and_raw_keys_are_the_same_whichever_library_computes_them(tmp_
         ({"layer_norm_eps": "1e-5x"}, "layer_norm_eps='1e-5x', expected"),
         ({"layer_norm_eps": -1.0}, r"layer_norm_eps=-1\.0, expected"),
         ({"key_bias": 1}, "key_bias=1, expected"),
-        ({"rope_theta": -1.0}, r"rope_theta=-1\.0, expected one above 1"),
+        ({"rope_theta": -1.0}, r"rope_theta=-1\.0, expected a positive number"),
         ({"image_size": [64, 0]}, "image_size"),
     ],
 )
@@ -206,9 +206,9 @@ def test_a_config_that_does_not_fit_is_refused_in_words(change: dict[str, Any], 
 
 def test_learned_and_rotary_positions_are_not_taken_for_one_another(tmp_path: Path) -> None:
     transformerss().save_pretrained(tmp_path)
-    for options in ({}, {"positions": "rope"}, {"positions": "rope", "key_bias": False}):
+    for options in ({}, {"rope_base": 100.0}, {"rope_base": 100.0, "key_bias": False}):
         student = RegisterViT(image_size=64, patch_size=16, dim=64, depth=2, heads=2, **options)
-        with pytest.raises(UserError, match=r"(positions|key_bias|norm_eps) is .*, the model's is"):
+        with pytest.raises(UserError, match=r"(rope_base|key_bias|norm_eps) is .*, the model's is"):
             load_into(student, tmp_path)
 
 

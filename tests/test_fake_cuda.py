@@ -13,7 +13,7 @@ import torch
 
 from tests.fake_cuda.fixture import counts_of, needs_fake_cuda, run
 from tests.jobs_on_trial import labelled_folder
-from tests.miniatures import ade20k
+from tests.miniatures import ade20k, roxford5k
 from tests.training import TINY, read_lines
 
 pytestmark = needs_fake_cuda
@@ -203,14 +203,17 @@ def test_evaluations_views_features_and_distillation_run_to_their_end(
 ) -> None:
     weights, pictures = f"weights={finished[0]}", labelled_folder(tmp_path / "pictures", images=12)
     ade20k.write(tmp_path / "datasets")
+    roxford5k.write(tmp_path / "datasets")
     usual = [weights, "device=cuda", "workers=0", "baselines=false", "examples=0", f"out={tmp_path / 'eval'}"]
     options = ["knn.k=[3]", "linear.lrs=[0.1]", "linear.epochs=1", "linear.epoch_steps=3", "logistic.num_c=2"]
+    options += ["attention.epochs=1", "attention.epoch_steps=2"]
     dense = ["segmentation.size=48", "segmentation.stride=32", "segmentation.steps=3", "segmentation.lrs=[0.01]"]
+    dense += ["knn_segmentation.size=48", "retrieval.size=48"]
     shown = [f"images={pictures}", weights, "device=cuda"]
     student = {**SMALL, "steps": 2, "distill": finished[0], "out": tmp_path / "student"}
     lines = [
-        ["eval", str(pictures), "protocols=[knn,linear,logistic]", *usual, *options],
-        ["eval", "ade20k", f"root={tmp_path / 'datasets'}", *usual, *dense],
+        ["eval", str(pictures), "protocols=[knn,linear,logistic,attention]", *usual, *options],
+        ["eval", "ade20k,roxford5k", f"root={tmp_path / 'datasets'}", *usual, *dense],
         ["embed", f"data={pictures}", weights, "device=cuda", f"out={tmp_path / 'features.safetensors'}"],
         ["view", "attention", *shown, f"out={tmp_path / 'view'}"],
         ["view", "pca", *shown, f"out={tmp_path / 'view'}"],

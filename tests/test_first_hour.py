@@ -194,6 +194,23 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
         VERBS[name].parse(canonical(VERBS[name], arguments))
 
 
+def test_a_list_ends_with_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_the_next_command_has_the_words_of_this_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in {
+        "doctor": "next: dinoreg inspect data=FOLDER (of your own pictures)\n  or: dinoreg quickstart\n",
+        "doctor runs/a": "next: dinoreg pretrain runs/a resume=true\n",
+        "runs": "next: dinoreg report runs\n",
+        "view crops small data=scenes num=1 out=x": "next: dinoreg pretrain small data=scenes out=runs/first\n",
+    }.items():
+        assert main(arguments.split()) == 0
+        assert capsys.readouterr().err.endswith(said)
+
+
 def test_words_are_completed(here: Path) -> None:
     assert candidates(VERBS, ["pre"]) == ["pretrain"]
     assert candidates(VERBS, ["pretrain", "vits"]) == ["vits14_reg4"]

@@ -106,7 +106,7 @@ def every_command() -> list[list[str]]:
 @pytest.mark.parametrize("words", every_command(), ids=" ".join)
 def test_every_command_parses(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for run in ("photos", "open", "vits14"):
+    for run in ("photos", "open", "vits14", "long"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         text = "data: photos/\nout: runs/photos\nsteps: 5\nschedule: {shape: constant}\n"
         (tmp_path / "runs" / run / "config.yaml").write_text(text)

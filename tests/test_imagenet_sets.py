@@ -23,7 +23,8 @@ from tests.miniatures.pictures import pattern, save
 from tests.reading import pairs, read, write
 
 OPTIONS = EvalOptions(
-    knn=KnnOptions(k=(3,)), linear=LinearOptions(lrs=(0.01, 0.1), epochs=1, epoch_steps=8, batch_size=16, augment=False)
+    knn=KnnOptions(k=(3,)),
+    linear=LinearOptions(lrs=(0.01, 0.1), blocks=(1,), epochs=1, epoch_steps=4, batch_size=16, augment=False),
 )
 FACTS = {  # set: (classes, images, published figures)
     "imagenet_v2": (1000, 10_000, [70.9, 75.1, 78.0, 78.4, 71.0, 75.6, 78.5, 78.8]),
@@ -64,6 +65,17 @@ def test_a_picture_has_the_class_of_its_folder_and_what_is_learnt_is_imagenets(n
     elsewhere = tmp_path / "moved"
     (tmp_path / "imagenet1k").rename(elsewhere)
     assert len(read(name, tmp_path, imagenet=str(elsewhere)).splits["train"]) == 24
+
+
+@pytest.mark.parametrize("name", ["imagenet_c", "imagenet_sketch"])
+def test_archives_that_were_unpacked_beside_other_data_are_read_without_it(name: str, tmp_path: Path) -> None:
+    folder = write(name, tmp_path)
+    expected = [label for _, label in pairs(read(name, tmp_path), "test")]
+    for path in folder.iterdir():
+        path.rename(tmp_path / path.name)
+    folder.rmdir()
+    save(pattern(0, 0), tmp_path / "holidays" / "1.jpg")
+    assert [label for _, label in pairs(read(name, tmp_path), "test")] == expected
 
 
 def test_folders_of_v2_are_ranks_though_ten_sorts_before_two(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ MODES = [
     {"model.ffn": "swiglu", "head.separate": True, "crops.num_local": 0},
     {"loss.centering": "sinkhorn", "head.prototypes": 20000},
     {"model.attention": "plain", "batch_size": 1},
+    {"model.name": "vitt8_reg4_rope", "precision": "bf16"},
 ]
 
 

@@ -190,6 +190,8 @@ def test_a_loaded_model_keeps_no_gradients_until_it_is_asked_to(weights: str, ru
     images = torch.rand(2, 3, 32, 32)
     assert not model.training
     assert not model(images).cls.requires_grad
+    with pytest.raises(UserError, match=r"Image: expected a tensor, as dinoreg.transform"):
+        model(Image.new("RGB", (32, 32)))
     model.train().requires_grad_(True)
     model(images).cls.sum().backward()
     assert model.patch_embed.proj.weight.grad is not None

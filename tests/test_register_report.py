@@ -14,12 +14,13 @@ from planted import BLOCK, UNIT, patchy_images, planted_vit, save, write_images
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.commands.options import RegistersOptions
-from dinoreg.commands.registers import read_pictures
+from dinoreg.commands.registers import common_size, read_pictures
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
 from dinoreg.registers.verdict import comparison, judge
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.visualize.subject import open_subject
 
 
 def pictures(count: int = 40, **options: Any) -> Pictures:
@@ -172,6 +173,12 @@ def test_a_folder_without_classes_is_looked_at_without_probes(tmp_path: Path, ph
     found, _ = read_pictures(RegistersOptions(("x",), str(photo_folder), labels=False, num_images=6), seen_at(32))
     assert found.labels is None
     assert found.images.shape == (6, 3, 32, 32)
+
+
+def test_models_of_different_patches_are_shown_a_size_that_all_of_them_divide() -> None:
+    models = [open_subject(f"random:vitt{patch}_reg0", "cpu") for patch in (8, 14, 16)]
+    alone = common_size(models[:1], None)
+    assert [common_size(models[:count], None) for count in (2, 3)] == [alone // 56 * 56, alone // 112 * 112]
 
 
 def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def rotary(**options: Any) -> RegisterViT:
     torch.manual_seed(2)
     arguments: dict[str, Any] = {
         "image_size": (24, 32), "patch_size": 8, "dim": 48, "depth": 2, "heads": 3, "layerscale": 1.0, "init_std": 0.3,
-        "positions": "rope", "key_bias": False, "norm_eps": 1e-5,
+        "rope_base": 100.0, "key_bias": False, "norm_eps": 1e-5,
     }  # fmt: skip
     model = RegisterViT(**(arguments | options))
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_keys_without_a_bias_have_none_and_its_place_gets_no_gradient() -> None:
     weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     torch.testing.assert_close(k.flatten(1), x @ weights[1].T, rtol=0, atol=1e-5)
     torch.testing.assert_close(q.flatten(1), x @ weights[0].T + biases[0], rtol=0, atol=1e-5)
-    model.train()(torch.randn(1, 3, 16, 16)).cls.sum().backward()
+    (model.train()(torch.randn(1, 3, 16, 16)).cls @ torch.randn(48)).sum().backward()
     gradient = attention.qkv.bias.grad.chunk(3)
     assert not gradient[1].any()
     assert gradient[0].any()
@@ -130,8 +130,8 @@ def test_keys_without_a_bias_have_none_and_its_place_gets_no_gradient() -> None:
 
 def test_a_training_pass_distorts_places_by_the_seed_and_within_the_bounds_and_evaluation_does_not() -> None:
     x, place = torch.zeros(1), (5, 3)
-    rope = Rope(shift=0.2, jitter=1.5, rescale=2.0)
-    plain = Rope().tables([place], 0, 16, x, training=False)[0]
+    rope = Rope(100.0, shift=0.2, jitter=1.5, rescale=2.0)
+    plain = Rope(100.0).tables([place], 0, 16, x, training=False)[0]
     assert torch.equal(rope.tables([place], 0, 16, x, training=False)[0], plain)
 
     def places(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def test_names_of_dinov3_mean_its_models() -> None:
         for name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus"):
             model = build(f"{name}_reg4_rope")
             millions[name] = round(sum(p.numel() for p in model.parameters()) / 1e6)
-            assert (model.rope, model.key_bias, model.norm_eps) == (Rope(rescale=2.0), False, 1e-5)
+            assert (model.rope, model.key_bias, model.norm_eps) == (Rope(100.0, rescale=2.0), False, 1e-5)
     # arXiv 2508.10104, table 3: 21, 29, 86, 300 and 840 million
     assert millions == {"vits16": 22, "vits16plus": 29, "vitb16": 86, "vitl16": 303, "vith16plus": 841}
 
@@ -182,7 +182,6 @@ def test_names_of_dinov3_mean_its_models() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"positions": "sine"}, "positions='sine' is not known"),
         ({"dim": 18}, "dim=18 does not divide into heads=3 of whole fours"),
         ({"rope_jitter": 0.5}, "rope_jitter=0.5 is out of range"),
         ({"rope_base": math.inf}, "rope_base=inf is out of range"),
@@ -202,6 +201,39 @@ def test_a_resumed_run_with_rotary_positions_repeats_the_unbroken_one_bit_for_bi
         loop.pretrain(tiny_config(tmp_path / "parts", checkpoint__every=3, **RUN))
     loop.pretrain(tiny_config(tmp_path / "parts", checkpoint__every=3, resume=True, **RUN))
     assert loss_trace(tmp_path / "parts") == loss_trace(tmp_path / "whole")
-    plain = tiny_config(tmp_path / "plain", steps=1, **RUN | {"model__rope_jitter": None, "model__rope_shift": None})
+    plain = tiny_config(tmp_path / "plain", steps=1, **RUN | {"model__rope_jitter": 1.0, "model__rope_shift": 0.0})
     loop.pretrain(plain)
     assert loss_trace(tmp_path / "plain")[0] != loss_trace(tmp_path / "whole")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_have_the_distortion_of_the_pass_that_was_made(dtype: torch.dtype) -> None:
+    images = [torch.randn(2, 3, 24, 32), torch.randn(3, 3, 16, 16)]
+    gradients = []
+    for checkpointing in (False, True):
+        model = rotary(rope_jitter=1.5, rope_shift=0.3, checkpointing=checkpointing, drop_path=0.3).train()
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            tokens = model(images, None, [torch.arange(5), torch.arange(3)])
+        sum(each.cls.float()[:, ::2].sum() + each.patches.float()[:, 1::3].sum() for each in tokens).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_a_run_of_before_there_were_rotary_positions_is_resumed_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = loop.pretrain(tiny_config(tmp_path / "run", steps=1))
+    path = out / "config.yaml"
+    lines = path.read_text().replace("  ffn_ratio: null\n", "  ffn_ratio: 4.0\n").splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("  rope_")) + "\n")
+    assert "ffn_ratio: 4.0" in path.read_text()
+    capsys.readouterr()
+    loop.pretrain(tiny_config(out, steps=2, resume=True))
+    assert "ffn_ratio" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"model\.ffn_ratio=2\.0"):
+        loop.pretrain(tiny_config(out, steps=3, resume=True, model__ffn_ratio=2.0))
+    with pytest.raises(UserError, match=r"model\.name=vitt8_reg4_rope"):
+        loop.pretrain(tiny_config(out, steps=3, resume=True, model__name="vitt8_reg4_rope"))

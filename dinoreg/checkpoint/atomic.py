@@ -42,9 +42,11 @@ def replacing(path: Path, token: str = "") -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        number, named = (getattr(cause(error), name, None) for name in ("errno", "filename"))
-        file = str(path) if named in (None, str(aside)) else named
-        raise OSError(number or errno.EIO, reason(error), file) from error
+        first = cause(error)
+        if not isinstance(first, OSError):
+            raise
+        named = str(path) if first.filename in (None, str(aside)) else first.filename
+        raise OSError(first.errno or errno.EIO, reason(first), named) from error
     sync(path.parent)
 
 

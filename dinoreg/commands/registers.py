@@ -3,6 +3,7 @@
 A backbone without registers in which outliers are found is measured a second time with a test-time register.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def _report(options: RegistersOptions) -> RegisterReport:
     than two images can be read or a norm is not finite
     """
     subjects = [open_subject(each, options.device) for each in options.models]
-    size = _common_size(subjects, options.size)
+    size = common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
     pictures, skipped = read_pictures(options, subjects[0].encoder.preprocessing.at(size))
@@ -147,16 +148,20 @@ def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
     return Pictures(images, labels, len(CLASS_NAMES), [np.asarray(scene.boxes) for scene in scenes], name)
 
 
-def _common_size(subjects: Sequence[Opened], size: int | None) -> int:
+def common_size(subjects: Sequence[Opened], size: int | None) -> int:
+    """The side in pixels at which all are shown the same pictures: `size`, else about that of the first.
+
+    raises  UserError for a model that does not take it, or other channels than the first
+    """
     if size is None:
-        size = min(picture_size(subjects[0].model))
-        size -= size % subjects[0].model.patch_size
-    first, channels = subjects[0], subjects[0].model.in_channels
+        patch = math.lcm(*(each.model.patch_size for each in subjects))
+        size = max(min(picture_size(subjects[0].model)) // patch, 1) * patch
+    channels = subjects[0].model.in_channels
     for subject in subjects:
         try:
             picture_size(subject.model, size)
             if subject.model.in_channels != channels:
-                raise UserError(f"takes {subject.model.in_channels} channels, {first.name} {channels}")
+                raise UserError(f"takes {subject.model.in_channels} channels, {subjects[0].name} {channels}")
         except UserError as error:
             raise UserError(f"{subject.name}: {error}; models are compared on the same pixels") from None
     return size

@@ -234,7 +234,7 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     if verb == "eval":
         from dinoreg.evaluation.request import is_own
 
-        case = "own" if is_own(first) else "listed" if not first else ""
+        case = "listed" if not first else "own" if is_own(first) else ""
     elif case == "crops":
         values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:

@@ -15,6 +15,7 @@ from dinoreg.config.bundled import bundled
 from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key
 from dinoreg.config.foreign import refuse_foreign
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
+from dinoreg.config.presets import preset_values
 from dinoreg.config.schema import BUDGETS, Config
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.runtime.regular_files import read_regular
@@ -65,7 +66,7 @@ def load_config(source: str | Path | None = None, overrides: Mapping[str, Any] |
             if any(given.get(key) is not None and given[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
-        values.update(given)
+        values.update(preset_values(given.get("augment.preset")) | given)
     if source is not None and path.name == "config.yaml" and "out" not in layers[-1][1]:
         again = values.get("resume") or values.get("overwrite")
         if path.parent == Path(source) or (again and (path.parent / "owner.json").is_file()):

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from dinoreg.config.option import Options, check, fraction, option
+from dinoreg.config.presets import PRESETS
 
 MAX_SIDE = 16384  # pixels
 SHARES = {"above": 0, "high": 1, "ascending": True}
@@ -43,8 +44,17 @@ class CropSettings(Options, section="crops"):
 class AugmentSettings(Options, section="augment"):
     """Colour, blur and normalisation of every crop. Probabilities are drawn per crop."""
 
+    preset: str | None = option(None, "values for a kind of picture; others beside it stay", choices=tuple(PRESETS))
     hflip: float = fraction(0.5, "probability of a left-right mirror")
     vflip: float = fraction(0.0, "probability of an up-down mirror; for images without an up (satellite, microscopy)")
+    turn: float = fraction(0.0, "probability of a turn by 90, 180 or 270 degrees; as vflip")
+    window: float = option(
+        0.0, "share of the range that is cut off at either end, at most; the rest is spread", low=0, below=0.5
+    )
+    stain: float = option(
+        0.0, "haematoxylin, eosin and DAB times 1 - x .. 1 + x, plus -x .. x; RGB alone", low=0, high=1
+    )
+    channel_drop: float = fraction(0.0, "probability of losing a channel, each for itself; one stays", below=1)
     jitter_probability: float = fraction(0.8, "probability of the four colour changes below, in a random order")
     brightness: float = option(0.4, "factor drawn from 1 - x .. 1 + x", low=0, high=100)
     contrast: float = option(0.4, "factor drawn from 1 - x .. 1 + x", low=0, high=100)
@@ -61,6 +71,11 @@ class AugmentSettings(Options, section="augment"):
     solarize_threshold: int = option(128, "grey level from which a pixel counts as bright", low=0, high=255)
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1; one value serves all")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "as mean", above=0)
+
+    @property
+    def of_sensor(self) -> bool:
+        """Whether crops are turned, windowed, stained anew or lose channels."""
+        return self.turn + self.window + self.stain + self.channel_drop > 0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Photometric augmentation and normalisation of whole batches of crops on the device (BYOL's, as DINO uses them).
 
 The numbers are drawn per crop on the CPU (`draw_photometric`) and applied to all crops together (`augment`),
-in this order: mirror, colour jitter (its four changes in a random order), grayscale, blur, solarise,
-normalise. Each change equals torchvision's functional of the same name on float pixels in 0..1.
+in this order: mirror, turn, window, stains, colour jitter (its four changes in a random order), grayscale, blur,
+solarise, normalise, lose channels. Each change that torchvision has equals its functional of the same name on float
+pixels in 0..1.
 
 Two things make it quick. Brightness, contrast and saturation are all a blend of the crop with something
 derived from its grey version, so the three run as three blends over all rows whatever each row's order is;
@@ -23,10 +24,14 @@ from dinoreg.config.view_settings import AugmentSettings
 from dinoreg.runtime.device import per_channel
 
 NUMBERS_PER_VIEW = 12  # uniform numbers that the photometric changes of one view take
+SENSOR_NUMBERS = 10  # that those of a sensor take besides, and one for each channel
 
 
 class P(IntEnum):
-    """Columns of the parameter array (n, len(P)) float32."""
+    """Columns of the parameter array (n, END or more) float32; at 0 a change does nothing.
+
+    Behind them there may be one for each channel: 1 where it is lost.
+    """
 
     HFLIP = 0  # 0 or 1
     VFLIP = 1  # 0 or 1
@@ -39,6 +44,12 @@ class P(IntEnum):
     GRAY = 8  # 0 or 1
     SIGMA = 9  # blur in pixels, 0 for none
     SOLARIZE = 10  # 0 or 1
+    TURN = 11  # 0 .. 3 quarter turns
+    LOW = 12  # share of the range cut off at the dark end
+    HIGH = 13  # and at the bright one
+    STAIN = 14  # what each of three stains is multiplied with, less 1
+    SHIFT = 17  # what is added to each of three stains, in optical density
+    END = 20
 
 
 # All orders of (0 brightness, 1 contrast, 2 saturation, 3 hue).
@@ -46,6 +57,10 @@ ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 _HUE_SLOT = np.argmax(ORDERS == 3, axis=1)  # (24,) how many blends come before hue
 _BLENDS = np.array([[op for op in order if op != 3] for order in ORDERS.tolist()])  # (24, 3)
 _GRAY = (0.2989, 0.587, 0.114)
+# Optical density in red, green and blue of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_STAIN_MATRICES = np.linalg.inv(_STAINS), _STAINS
+_DARKEST = 1e-6  # below which a pixel's density is not told apart
 # Elements worked on at once: on a CPU so many that calling the kernels costs little and its caches still help (best
 # of 80,000 to 2.5 million on a Zen 4), elsewhere what memory allows.
 _CHUNK_CPU = 640_000
@@ -53,11 +68,12 @@ _CHUNK_DEVICE = 1 << 28
 _LARGE_ROW = 60_000  # elements of a crop
 
 
-def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarray:
+def draw_photometric(numbers: np.ndarray, settings: AugmentSettings, of_sensor: np.ndarray | None = None) -> np.ndarray:
     """The photometric parameters of every view of every image.
 
-    numbers  (B, V, NUMBERS_PER_VIEW) uniform in [0, 1)
-    returns  (B, V, len(P)) float32
+    numbers    (B, V, NUMBERS_PER_VIEW) uniform in [0, 1)
+    of_sensor  (B, V, SENSOR_NUMBERS + C) the same, for changes that only `settings.of_sensor` asks for
+    returns    (B, V, P.END) float32, with `of_sensor` (B, V, P.END + C)
     """
     batch, views, _ = numbers.shape
     # Probabilities by view; views 0 and 1 are global.
@@ -67,7 +83,10 @@ def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarr
         blur = 1 - blur
     solarize[1:2] = settings.solarize_global2
     u = np.moveaxis(numbers, -1, 0)
-    out = np.zeros((batch, views, len(P)), dtype=np.float32)
+    lost = 0 if of_sensor is None else of_sensor.shape[-1] - SENSOR_NUMBERS
+    out = np.zeros((batch, views, P.END + lost), dtype=np.float32)
+    if of_sensor is not None:
+        _draw_sensor(out, of_sensor, settings)
     out[..., P.HFLIP] = u[0] < settings.hflip
     out[..., P.VFLIP] = u[1] < settings.vflip
     out[..., P.JITTER] = u[2] < settings.jitter_probability
@@ -84,9 +103,19 @@ def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarr
     return out
 
 
+def _draw_sensor(out: np.ndarray, numbers: np.ndarray, settings: AugmentSettings) -> None:
+    turns, cuts, stains, channels = np.split(numbers, (2, 4, SENSOR_NUMBERS), axis=-1)
+    out[..., P.TURN] = np.where(turns[..., 0] < settings.turn, 1 + np.floor(3 * turns[..., 1]), 0)
+    out[..., P.LOW : P.STAIN] = settings.window * cuts
+    out[..., P.STAIN : P.END] = settings.stain * (2 * stains - 1)
+    # The one with the largest number always stays.
+    out[..., P.END :] = (channels < settings.channel_drop) & (channels < channels.max(axis=-1, keepdims=True))
+
+
 def left_out(settings: AugmentSettings, in_channels: int) -> str:
     """In words which of the changes asked for are not made, as they need three channels; "" for none."""
     strengths = {"saturation": settings.saturation, "hue": settings.hue, "grayscale": settings.grayscale}
+    strengths["stain"] = settings.stain
     names = [name for name, strength in strengths.items() if strength > 0]
     if in_channels == 3 or not names:
         return ""
@@ -103,7 +132,7 @@ def augment(
     """Apply the drawn changes and normalise.
 
     crops    (n, C, h, w) uint8, or float32 in 0..255, on the device, in any memory layout
-    params   (n, len(P)) float32, one row a crop, on the CPU
+    params   (n, P.END or P.END + C) float32, one row a crop, on the CPU
     out      (n, C, h, w) float32 to write to; allocated when missing
     rows     the rows to work on; all of them when missing
     returns  (n, C, h, w) float32, contiguous; colour changes (saturation, hue, grayscale) only where C is 3
@@ -121,9 +150,14 @@ def augment(
         picked = rows[start : start + together]
         where = _to(picked, crops.device)
         x = _load(crops, picked, where, params[picked])
+        if params[picked, P.LOW : P.END].any():
+            _window_and_stain(x, params[picked])
         _jitter(x, params[picked], slot[picked])
         _gray_blur_solarize(x, params[picked], settings)
         x.sub_(mean).div_(std)
+        if params.shape[1] > P.END:
+            kept = torch.from_numpy(1 - params[picked, P.END :]).to(x.device, non_blocking=True)
+            x.mul_(kept[..., None, None])
         if len(picked) == 1:
             out[picked[0]] = x[0]
         else:
@@ -163,7 +197,24 @@ def _load(crops: Tensor, picked: np.ndarray, where: Tensor, params: np.ndarray) 
     x.mul_(1 / 255)
     for column, axis in ((P.HFLIP, 3), (P.VFLIP, 2)):
         _change(x, params[:, column] > 0, lambda rows, _, axis=axis: rows.flip(axis))  # type: ignore[misc]
+    for turns in (1, 2, 3):
+        _change(x, params[:, P.TURN] == turns, lambda rows, _, turns=turns: rows.rot90(turns, (2, 3)))  # type: ignore[misc]
     return x
+
+
+def _window_and_stain(x: Tensor, params: np.ndarray) -> None:
+    """Spread what lies between the two ends that are cut off, and give the stains of RGB other strengths; in place."""
+    low, high = _to(params[:, P.LOW : P.STAIN].T, x.device)[..., None, None, None]
+    x.sub_(low).div_(1 - low - high).clamp_(0, 1)
+    if x.shape[1] != 3 or not params[:, P.STAIN : P.END].any():
+        return
+    factor = _to(1 + params[:, P.STAIN : P.SHIFT], x.device)[:, None]  # (n, 1, 3)
+    shift = _to(params[:, P.SHIFT : P.END], x.device)[:, None]
+    to_stains, to_density = (
+        torch.from_numpy(matrix).float().to(x.device, non_blocking=True) for matrix in _STAIN_MATRICES
+    )
+    density = x.clamp_min(_DARKEST).log_().neg_().flatten(2).mT  # (n, h * w, 3)
+    x.copy_(((density @ to_stains * factor + shift) @ to_density).neg_().exp_().clamp_(0, 1).mT.view_as(x))
 
 
 def _gray(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ _SLICE = 0.2  # seconds after which a wait looks up
 _LEAVE = 2.0  # seconds that workers have to end their image when a loader is closed
 T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
-_CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
+_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM = 1, 2, 3  # uses of the seed
 # A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
 # may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
 # interpreter lock.
@@ -250,13 +250,15 @@ class _Engine:
             return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
-        colours = photometric.draw_photometric(
-            numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
-        )
+        augment, of_sensor = self.views.augment, None
+        if augment.of_sensor:
+            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.in_channels)
+        drawn = numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW)
+        colours = photometric.draw_photometric(drawn, augment, of_sensor)
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
         if self.views.anchor_size is not None:
             mirrored = np.zeros_like(job.colours[0])
-            flips = [photometric.P.HFLIP, photometric.P.VFLIP]
+            flips = [photometric.P.HFLIP, photometric.P.VFLIP, photometric.P.TURN]
             mirrored[:, flips] = job.colours[0][:, flips]
             job.colours = [*job.colours[: len(job.slot.groups) - 1], mirrored]
         step = job.position // (batch * self.world_size)

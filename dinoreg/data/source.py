@@ -18,7 +18,6 @@ from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.runtime.regular_files import read_regular
-from dinoreg.scenes import render as scenes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +168,9 @@ class ScenesSource(Source):
         return self._render(index)
 
     def _render(self, index: int) -> np.ndarray:
-        return scenes.render_image(self.first + index, self.size, self.seed)
+        from dinoreg.scenes.render import render_image  # a tenth of a start that only looks for files
+
+        return render_image(self.first + index, self.size, self.seed)
 
     def name(self, index: int) -> str:
         """`scenes:NUMBER`."""

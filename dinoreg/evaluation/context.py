@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.features.images import CentreCrop
@@ -68,7 +68,7 @@ class Context:
         """Write an example as `PREFIX_NN.png`, where examples are wanted."""
         if self.examples is not None:
             self.examples.mkdir(parents=True, exist_ok=True)
-            picture.save(self.examples / f"{prefix}_{number:02d}.png")
+            write_picture(self.examples / f"{prefix}_{number:02d}.png", picture)
 
 
 class SavedState:

@@ -5,6 +5,7 @@ of the others. Whether the library then computes the same is for the certificate
 """
 
 import inspect
+import io
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import share
+from dinoreg.checkpoint.atomic import replacing, share
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import write_onnx
 from dinoreg.export.source import Source
@@ -248,11 +249,13 @@ def hidden_dim(model: RegisterViT) -> int:
 def _save(state: dict[str, Tensor], path: Path) -> None:
     """Tensors that lie in memory of their own, as the file formats want them."""
     own = {key: value.detach().clone().contiguous() for key, value in state.items()}
-    if path.suffix == ".pth":
-        torch.save(own, path)
-    else:
-        save_file(own, path, metadata={"format": "pt"})
-        share(path)
+    with replacing(path) as aside:
+        if path.suffix == ".pth":
+            torch.save(own, buffer := io.BytesIO())  # its own writer has no words for a full disk
+            aside.write_bytes(buffer.getbuffer())
+        else:
+            save_file(own, aside, metadata={"format": "pt"})
+            share(aside)
 
 
 def _write_pixels(folder: Path, source: Source) -> None:

@@ -39,7 +39,7 @@ class PlainViT(nn.Module):
     """[class token, registers, patches] through pre-norm blocks; the class token and the patches carry positions.
 
     grid        rows and columns of the learned positions; other image sizes resample them
-    positions   "rope": instead queries and keys of the patches are rotated by row and column, periods up to rope_base
+    rope_base   not None: instead queries and keys of the patches are rotated by row and column, with periods up to it
     norm_eps    of all norms
     patch_size  pixels
     dim         width D of the tokens
@@ -64,8 +64,7 @@ class PlainViT(nn.Module):
         layerscale: bool,
         antialias: bool,
         position_offset: float,
-        positions: str,
-        rope_base: float,
+        rope_base: float | None,
         norm_eps: float,
     ) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class PlainViT(nn.Module):
         self.rope_base, self.head_dim = rope_base, dim // heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         shape = 1, 1 + grid[0] * grid[1], dim
-        self.pos_embed = None if positions == "rope" else nn.Parameter(torch.zeros(shape))
+        self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = nn.Sequential(
@@ -90,7 +89,6 @@ class PlainViT(nn.Module):
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches of a rows x columns grid, (1, rows * columns, D), of the parameters' dtype."""
-        assert self.pos_embed is not None
         positions = self.pos_embed[:, 1:]
         if (rows, columns) == self.grid:
             return positions
@@ -104,7 +102,7 @@ class PlainViT(nn.Module):
 
     def rotation(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (T, head_dim / 2) float32 of what rotary positions turn tokens by; None: learned ones."""
-        if self.pos_embed is not None:
+        if self.rope_base is None:
             return None
         rows, columns = self.grid_of(images)
         numbers = [torch.arange(count, device=images.device).float() for count in (rows, columns, self.head_dim // 4)]

@@ -39,7 +39,6 @@ class _Graph(PlainViT):
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
         if self.fixed:
             return super().resampled_positions(rows, columns)
-        assert self.pos_embed is not None
         positions = self.pos_embed[0, 1:].float().reshape(*self.grid, self.embed_dim)
         moved = resample_in_graph(positions, (rows, columns), self.antialias, self.position_offset)
         return moved.to(self.pos_embed.dtype)

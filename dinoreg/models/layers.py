@@ -130,33 +130,23 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class KeylessLinear(nn.Linear):
-    """A projection to queries, keys and values whose keys have no bias: their third of it is there without effect.
-
-    Softmax takes no notice of a bias of all keys; of one that positions turn, it does.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., 3 D')."""
-        q, k, v = self.bias.chunk(3)
-        return F.linear(x, self.weight, torch.cat([q, torch.zeros_like(k), v]))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention of packed groups.
 
     head_dim  width of one head; None: dim / heads. head_dim * heads may differ from dim
     dropout   probability in [0, 1], on the output
-    key_bias  whether keys have a bias
+
+    Unless `key_bias`, the keys' third of the bias is there without effect. (Softmax takes no notice of a bias of all
+    keys; of one that positions turn, it does.)
     """
 
-    def __init__(
-        self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0, key_bias: bool = True
-    ) -> None:
+    key_bias = True
+
+    def __init__(self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim or dim // heads
-        self.qkv = (nn.Linear if key_bias else KeylessLinear)(dim, 3 * heads * self.head_dim)
+        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim)
         self.proj = nn.Linear(heads * self.head_dim, dim)
         self.dropout = dropout
 
@@ -165,7 +155,12 @@ class Attention(nn.Module):
 
         shapes, tables  of a packed x (S, D): turned by rotary positions, see `turn_groups`; None: not
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        if self.key_bias:
+            qkv = self.qkv(x)
+        else:
+            q, k, v = self.qkv.bias.chunk(3)
+            qkv = F.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         return qkv if tables is None else turn_groups(qkv, shapes, tables)
 
     def forward(
@@ -185,7 +180,6 @@ class Block(nn.Module):
     drop_path   probability in [0, 1) of dropping an image's branch while training (stochastic depth, arXiv 1603.09382)
     head_dim    width of one attention head; None: dim / heads
     dropout     probability in [0, 1], inside attention and FFN
-    key_bias    whether keys have a bias
     """
 
     def __init__(
@@ -198,12 +192,11 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         head_dim: int | None = None,
         dropout: float = 0.0,
-        key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, head_dim, dropout, key_bias)
+        self.attn = Attention(dim, heads, head_dim, dropout)
         self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)

@@ -29,8 +29,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0},
 }
 PATCH_SIZES = (8, 14, 16)
+BASE = 100.0  # of the rotary positions of every published model
 # What DINOv3's models have in common, besides four registers and 16-pixel patches.
-DINOV3: dict[str, Any] = {"positions": "rope", "key_bias": False, "norm_eps": 1e-5}
+DINOV3: dict[str, Any] = {"rope_base": BASE, "key_bias": False, "norm_eps": 1e-5}
 
 # Ours, then those under which models are published. An empty group: there are four registers, or positions are rotary.
 _NAMES = (
@@ -77,12 +78,16 @@ def split_name(name: str) -> tuple[str, int, int, bool, bool]:
                 raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
             registers = 0 if said["registers"] is None else int(said["registers"] or 4)
             return size, patch, registers, said.get("rope") is not None, number > 0
-    sizes = [(size.removesuffix("plus"), "plus" if size.endswith("plus") else "") for size in SIZES]
-    ends = ("_reg4", "_reg4_rope")
-    known = [f"vit{size}{patch}{plus}{end}" for size, plus in sizes for patch in PATCH_SIZES for end in ends]
+    known = [f"{stem(size, p)}_reg4{end}" for size in SIZES for p in PATCH_SIZES for end in ("", "_rope")]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"model {name!r} is not known; expected vit{{t,s,b,l,g}}{{8,14,16}}_reg<R>[_rope]{hint}")
+
+
+def stem(size: str, patch_size: int) -> str:
+    """What a name begins with: vits16, vits16plus, vit7b16; `size` is a key of `SIZES`."""
+    letter = size.removesuffix("plus")
+    return f"vit{letter}{patch_size}{size.removeprefix(letter)}"
 
 
 def build(name: str, **overrides: Any) -> RegisterViT:

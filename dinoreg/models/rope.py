@@ -21,12 +21,11 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.packed_attention import Shapes
 
 Grid = tuple[int, int]  # rows, columns
-BASE = 100.0  # of every published model
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The periods of the angles, and how places are distorted in training; None: not.
+    """The periods of the angles, and how places are distorted in training.
 
     base     periods go from 1 to nearly this, in units in which an image is 2 wide, by equal factors
     shift    >= 0: places are moved by up to this, uniformly, each axis on its own
@@ -35,16 +34,15 @@ class Rope:
     raises   UserError for a value out of its range
     """
 
-    base: float = BASE
-    shift: float | None = None
-    jitter: float | None = None
-    rescale: float | None = None
+    base: float
+    shift: float = 0.0
+    jitter: float = 1.0
+    rescale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, low in (("base", 1), ("shift", 0), ("jitter", 1), ("rescale", 1)):
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise UserError(f"rope_{name}={value} is out of range; expected a number from {low} on")
+            if not low <= getattr(self, name) < math.inf:
+                raise UserError(f"rope_{name}={getattr(self, name)} is out of range; expected a number from {low} on")
 
     def tables(self, grids: Sequence[Grid], first: int, head_dim: int, x: Tensor, training: bool) -> list[Tensor]:
         """What `turn_groups` turns groups of crops by: of each (2, T, 1, 1, head_dim) float32, T = first + patches.
@@ -55,7 +53,7 @@ class Rope:
         training  distort: all images of a group alike, by numbers of the device's global generator, which a training
                   step seeds for every micro-batch. They are drawn once a pass, not for every block as DINOv3 does
         """
-        if training and not self.shift is self.jitter is self.rescale is None:
+        if training and (self.shift, self.jitter, self.rescale) != (0, 1, 1):
             return [self._distorted(grid, first, head_dim, x.device) for grid in grids]
         kept = [_kept(grid, first, head_dim, self.base, x.device) for grid in grids]
         if isinstance(x, FakeTensor):  # a tensor without values belongs to one trace
@@ -64,8 +62,8 @@ class Rope:
 
     def _distorted(self, grid: Grid, first: int, head_dim: int, device: torch.device) -> Tensor:
         drawn = 2 * torch.rand(5, device=device) - 1
-        factors = (drawn[2:4] * math.log(self.jitter or 1) + drawn[4] * math.log(self.rescale or 1)).exp()
-        moved = zip(_places(grid, device), drawn[:2] * (self.shift or 0), factors, strict=True)
+        factors = (drawn[2:4] * math.log(self.jitter) + drawn[4] * math.log(self.rescale)).exp()
+        moved = zip(_places(grid, device), drawn[:2] * self.shift, factors, strict=True)
         return _table([(places + shift) * factor for places, shift, factor in moved], first, head_dim, self.base)
 
 
@@ -100,7 +98,7 @@ def turn(tokens: Tensor, table: Tensor) -> Tensor:
     """
     cos, sin = table
     other = tokens.roll(tokens.shape[-1] // 2, dims=-1)  # the other channel of each pair
-    return (tokens * cos + other * sin).to(tokens.dtype)
+    return torch.addcmul(tokens * cos, other, sin).to(tokens.dtype)
 
 
 def turn_groups(qkv: Tensor, shapes: Shapes, tables: Sequence[Tensor]) -> Tensor:

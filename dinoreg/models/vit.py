@@ -28,20 +28,20 @@ from dinoreg.models.attention import (
 from dinoreg.models.layers import (
     FFN_KINDS,
     NORM_EPS,
+    Attention,
     Block,
     PatchEmbed,
     init_linear_layers,
 )
-from dinoreg.models.rope import BASE, Rope
+from dinoreg.models.rope import Rope
 from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
 
-POSITIONS = ("learned", "rope")
 POSITION_STD = 0.02
 # The constructor's arguments, besides the image size, that the weights depend on.
 ARCHITECTURE = (
     *("patch_size", "dim", "depth", "heads", "num_registers", "ffn", "ffn_ratio", "layerscale"),
-    *("in_channels", "antialias", "position_offset", "init_std", "positions", "rope_base", "key_bias", "norm_eps"),
+    *("in_channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
 )
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
 
@@ -58,19 +58,15 @@ class Tokens(NamedTuple):
         return f"Tokens({', '.join(shapes)})"
 
 
+# Packed tokens (S, D) before the first block, the groups' shapes, and what rotary positions turn them by.
+_Begun = tuple[Tensor, Shapes, list[Tensor] | None]
+
+
 class ChosenTokens(NamedTuple):
     """The class tokens and the selected patch tokens of a crop group, after the final norm."""
 
     cls: Tensor  # (B, D)
     patches: Tensor  # (m, D), in the order of the indices that selected them
-
-
-class _Begun(NamedTuple):
-    """Groups of images before the first block."""
-
-    x: Tensor  # (S, D), packed
-    shapes: Shapes
-    tables: list[Tensor] | None  # `RegisterViT.rope_tables`
 
 
 def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -150,7 +146,7 @@ class RegisterViT(nn.Module):
                       (drop_path_uniform=False) growing linearly from 0 to it along the depth
     antialias, position_offset   how positions are resampled, see `resample_positions`
     init_std          standard deviation of every linear layer's initial weights
-    positions         "learned", or "rope": rotary ones of the patches, for which `rope_base` and the distortions in
+    rope_base         None: positions are learned; else patches have rotary ones, of which this and the distortions in
                       training, rope_shift, rope_jitter and rope_rescale, are those of `Rope`
     key_bias          whether keys have a bias; norm_eps is that of all norms
     attention         "auto" | "xformers" | "varlen" | "sdpa" | "plain"
@@ -180,11 +176,10 @@ class RegisterViT(nn.Module):
         antialias: bool = True,
         position_offset: float = 0.0,
         init_std: float = 0.02,
-        positions: str = "learned",
-        rope_base: float = BASE,
-        rope_shift: float | None = None,
-        rope_jitter: float | None = None,
-        rope_rescale: float | None = 2.0,
+        rope_base: float | None = None,
+        rope_shift: float = 0.0,
+        rope_jitter: float = 1.0,
+        rope_rescale: float = 2.0,
         key_bias: bool = True,
         norm_eps: float = NORM_EPS,
         attention: str = "auto",
@@ -193,7 +188,11 @@ class RegisterViT(nn.Module):
         super().__init__()
         self.image_size = as_pair(image_size, "image_size")
         self.grid = patch_grid(self.image_size, patch_size)
-        _check(dim=dim, heads=heads, ffn=ffn, positions=positions)
+        rotary = rope_base is not None  # then a quarter of a head's channels is of rows, in pairs with another quarter
+        if dim % (4 * heads if rotary else heads):
+            raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if rotary else ''}")
+        if ffn not in FFN_KINDS:
+            raise UserError(f"ffn={ffn!r} is not known; expected one of {', '.join(FFN_KINDS)}")
         if not 0 <= drop_path < 1:
             raise UserError(f"drop_path={drop_path} is not a probability below 1")
         if num_registers < 0 or depth < 1:
@@ -203,8 +202,8 @@ class RegisterViT(nn.Module):
         self.dim, self.depth, self.heads, self.num_registers = dim, depth, heads, num_registers
         self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
-        self.positions, self.rope_base, self.key_bias, self.norm_eps = positions, rope_base, key_bias, norm_eps
-        self.rope = Rope(rope_base, rope_shift, rope_jitter, rope_rescale) if positions == "rope" else None
+        self.rope_base, self.key_bias, self.norm_eps = rope_base, key_bias, norm_eps
+        self.rope = None if rope_base is None else Rope(rope_base, rope_shift, rope_jitter, rope_rescale)
         self.attention_backend = check_backend(attention)
         self.checkpointing = checkpointing
 
@@ -216,13 +215,14 @@ class RegisterViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate, key_bias=key_bias)
-            for rate in rates
+            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate) for rate in rates
         )
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
+            elif isinstance(module, Attention):
+                module.key_bias = key_bias
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -282,7 +282,7 @@ class RegisterViT(nn.Module):
 
     def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
-        return _Begun(*_pack(groups), self.rope_tables(images))
+        return *_pack(groups), self.rope_tables(images)
 
     # ---------------------------------------------------------------- forward
 
@@ -307,11 +307,13 @@ class RegisterViT(nn.Module):
             if patches is not None or not (mask is None or isinstance(mask, Tensor)):
                 raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
             images, mask = [images], [mask]
+        elif not isinstance(images, Sequence):
+            raise UserError(f"{type(images).__name__}: expected a tensor, as dinoreg.transform(model)(picture)[None]")
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
         begun = self._begin(images, masks)
-        shapes = begun.shapes
+        shapes = begun[1]
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
         x = self.norm(self._run(begun, self.depth, packed, rows=rows))
         if patches is None:
@@ -354,7 +356,7 @@ class RegisterViT(nn.Module):
         returns (B, T, D)
         """
         begun = self._begin([images])
-        return _unpack(self._run(begun, self.depth), begun.shapes)[0]
+        return _unpack(self._run(begun, self.depth), begun[1])[0]
 
     def get_intermediate_layers(
         self,
@@ -393,13 +395,13 @@ class RegisterViT(nn.Module):
         norm    apply the final norm to every block's output
         returns one Tokens per block
         """
-        begun = self._begin([images])
+        x, shapes, tables = self._begin([images])
         outputs: list[Tokens] = []
         start = 0
         for index in blocks:
-            x = self._run(begun, index + 1, start=start)
-            begun, start = begun._replace(x=x), index + 1
-            outputs += self._split(self.norm(x) if norm else x, begun.shapes)
+            x = self._run((x, shapes, tables), index + 1, start=start)
+            start = index + 1
+            outputs += self._split(self.norm(x) if norm else x, shapes)
         return outputs
 
     def qkv(self, images: Tensor, layer: int = -1, turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,12 +413,11 @@ class RegisterViT(nn.Module):
         raises UserError for a block that the model does not have
         """
         index = self._layer(layer)
-        begun = self._begin([images])
-        shapes, tables = begun.shapes, begun.tables if turned else None
-        x = self._run(begun, index)
+        x, shapes, tables = self._begin([images])
+        x = self._run((x, shapes, tables), index)
         block = self.blocks[index]
         assert isinstance(block, Block)
-        qkv = block.attn.project(block.norm1(x), shapes, tables)
+        qkv = block.attn.project(block.norm1(x), shapes, tables if turned else None)
         q, k, v = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
@@ -435,15 +436,6 @@ class RegisterViT(nn.Module):
         if not -self.depth <= layer < self.depth:
             raise UserError(f"layer {layer} is out of range: the model has {self.depth} blocks")
         return layer % self.depth
-
-
-def _check(dim: int, heads: int, ffn: str, positions: str) -> None:
-    for name, value, known in (("ffn", ffn, FFN_KINDS), ("positions", positions, POSITIONS)):
-        if value not in known:
-            raise UserError(f"{name}={value!r} is not known; expected one of {', '.join(known)}")
-    rotary = positions == "rope"  # a quarter of a head's channels is of rows, in pairs with another quarter
-    if dim % (4 * heads if rotary else heads):
-        raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if rotary else ''}")
 
 
 def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:

@@ -37,9 +37,7 @@ class WithPage:
 
     page: Path
 
-    def _repr_html_(self) -> str | None:
-        if not self.page.is_file():
-            return None
+    def _repr_html_(self) -> str:
         shown = html.escape(self.page.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{shown}" style="width: 100%; height: 40em; border: 0; resize: vertical"></iframe>'
 

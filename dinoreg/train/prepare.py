@@ -15,6 +15,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
+from dinoreg.config.presets import PRESETS
 from dinoreg.config.view_settings import CropSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
@@ -172,7 +173,9 @@ def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
     if seen.deep and config.data.reference_decode:
         warnings.append("data.reference_decode cuts more than eight bits off: 16-bit pictures become nearly white")
     left_out = photometric.left_out(config.augment, config.model.in_channels)
-    return [*filter(None, [left_out]), *(f"warning: data: {line}" for line in warnings)]
+    preset = config.augment.preset
+    why = f"augment.preset={preset}: {PRESETS[preset].why}" if preset else ""
+    return [*filter(None, [why, left_out]), *(f"warning: data: {line}" for line in warnings)]
 
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:

@@ -19,7 +19,6 @@ from dinoreg.train.parallelize import Modules, local, parallelize
 from dinoreg.train.tutor import Tutor
 
 LARGEST_LOSS_SCALE = 2.0**16
-_NONE_COUNTS = ("layerscale", "rope_shift", "rope_jitter", "rope_rescale")  # options of the model that mean it
 SCALARS = ("loss_scale", "scale_age", "rejected")  # tensors of the state that are one number
 
 
@@ -136,7 +135,7 @@ def model_arguments(config: Config) -> dict[str, Any]:
     raises UserError for an unknown name
     """
     # Options without a value follow from the model's name; compiling is not an argument of the model.
-    given = {key: value for key, value in vars(config.model).items() if value is not None or key in _NONE_COUNTS}
+    given = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
     named = parse_name(config.model.name) | given | {"image_size": config.crops.global_size}
     return {key: value for key, value in named.items() if key not in ("name", "compile")}
 

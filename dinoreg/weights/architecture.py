@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dinoreg.models.layers import NORM_EPS, swiglu_hidden_dim
 from dinoreg.models.registry import DINOV3, HEAD_DIM, resampling
-from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.runtime.printable import shortened
@@ -52,7 +51,7 @@ def infer_architecture(
     values = stated.values
     dim = _shaped(state, "cls_token", 3, path).shape[2]
     patch = _shaped(state, "patch_embed.proj.weight", 4, path)
-    rope = "pos_embed" not in state and values.get("positions") == "rope"
+    rope = "pos_embed" not in state and values.get("rope_base") is not None
     patches = None if rope else _shaped(state, "pos_embed", 3, path).shape[1] - 1
     indices = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d{1,6})\.", key))}
     if not indices or indices != set(range(len(indices))):
@@ -69,7 +68,7 @@ def infer_architecture(
         "ffn": ffn,
         "in_channels": patch.shape[1],
         "num_registers": registers,
-        "positions": "rope" if rope else "learned",
+        "rope_base": values["rope_base"] if rope else None,
     }
     for key, value in found.items():
         if key in values and values[key] != value:
@@ -86,19 +85,20 @@ def infer_architecture(
 
 
 def _arithmetic(rope: bool, stated: Stated, path: str | Path) -> dict[str, Any]:
-    """The stated "key_bias", "norm_eps" and "rope_base"; else those of DINOv3's models, or of DINOv2's."""
-    found = {"key_bias": True, "norm_eps": NORM_EPS, "rope_base": BASE} | (DINOV3 if rope else {})
+    """The stated "key_bias", "norm_eps" and, where `rope`, "rope_base"; else those of DINOv3's models, or DINOv2's."""
+    found: dict[str, Any] = dict(DINOV3) if rope else {"key_bias": True, "norm_eps": NORM_EPS}
     found |= {key: value for key, value in stated.values.items() if key in found}
-    for key, kind in (("key_bias", "true or false"), ("norm_eps", "a positive number"), ("rope_base", "one above 1")):
-        value, least = found[key], 1 if key == "rope_base" else 0
-        if not (isinstance(value, bool) if key == "key_bias" else is_number(value) and value > least):
-            raise UserError(f"weights {path}: {stated.says(key)}, expected {kind}")
+    for key, value in found.items():
+        flag = key == "key_bias"
+        if not (isinstance(value, bool) if flag else is_number(value) and value > 0):
+            expected = "true or false" if flag else "a positive number"
+            raise UserError(f"weights {path}: {stated.says(key)}, expected {expected}")
     return found
 
 
 def describe_positions(architecture: Mapping[str, Any]) -> str:
     """What an encoder does with positions on another grid, such as "resampled bicubic, antialiased, to the size"."""
-    if architecture["positions"] == "rope":
+    if architecture["rope_base"] is not None:
         return f"rotary, of base {architecture['rope_base']:g}"
     offset = architecture["position_offset"]
     how = f"by a factor with offset {offset:g}" if offset else "to the size"

@@ -172,10 +172,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
 def to_transformers(state: Mapping[str, Tensor]) -> State:
     """transformers' names on disk (those before version 5, which every version reads and writes) from ours.
 
-    Query, key and value are views of the fused tensor. transformers always has LayerScale, see `with_scales`.
+    Query, key and value are views of the fused tensor. transformers always has LayerScale, see `split`.
     """
-    parts = split(with_scales(state), {".attn.qkv.": _QKV})
-    return {renamed(key, _TRANSFORMERS): value for key, value in parts.items()}
+    return {renamed(key, _TRANSFORMERS): value for key, value in split(state, {".attn.qkv.": _QKV}).items()}
 
 
 def _name_on_disk(key: str) -> str:
@@ -189,13 +188,6 @@ FROM: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
     "meta": from_meta,
     "transformers": from_transformers,
 }
-
-
-def with_scales(state: Mapping[str, Tensor]) -> State:
-    """The same of a model with LayerScale: without, it gets factors of 1, which do not change the output."""
-    norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
-    scales = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}
-    return {**scales, **state}
 
 
 def joined(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> State:
@@ -217,12 +209,16 @@ def joined(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) ->
 
 
 def split(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> State:
-    """The reverse of `joined`, as views."""
-    out: State = {}
+    """The reverse of `joined`, as views.
+
+    A model without LayerScale gets factors of 1, which do not change the output.
+    """
+    norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
+    out = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}
     for key, value in state.items():
-        fused = next((each for each in parts if each in key), "")
-        names = [key.replace(fused, part) for part in parts[fused]] if fused else [key]
-        out |= dict(zip(names, value.chunk(len(names)) if fused else [value], strict=True))
+        fused = next((each for each in parts if each in key), None)
+        names = [key] if fused is None else [key.replace(fused, part) for part in parts[fused]]
+        out |= zip(names, value.chunk(len(names)), strict=True)
     return out
 
 

@@ -5,56 +5,42 @@ Ours are again Meta's names of DINOv2. Rotary positions have no tensors. Keys ha
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinoreg.models.rope import BASE
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique, with_scales
+from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique
 
 _PERIODS = "rope_embed.periods"
-_GATES = (".mlp.w12.", ".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN, in anybody's names
-
-
-class _Names(NamedTuple):
-    """A library's names.
-
-    pairs, plain, gated  our and their names, as for `renamed`: everywhere, and of either kind of FFN
-    parts                of one tensor of ours several of theirs, as for `joined`
-    biases               of queries, keys and values, where they are by themselves
-    """
-
-    pairs: tuple[tuple[str, str], ...]
-    parts: dict[str, tuple[str, ...]]
-    plain: tuple[tuple[str, str], ...] = ()
-    gated: tuple[tuple[str, str], ...] = ()
-    biases: tuple[str, ...] = ()
+_GATES = (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN
 
 
 _QKV = tuple(f".attention.{name}_proj." for name in "qkv")
 _BIASES = tuple(f".attn.{name}_bias" for name in "qkv")
-_LIBRARIES = {
-    "dinoreg": _Names((), {}),
-    "meta": _Names((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}),
-    "timm": _Names(
+# Of each library: our and its names, as for `renamed` (a gated FFN's last layer is fc2 as a plain one's); of one tensor
+# of ours several of its, as for `joined`; biases of queries, keys and values, where they are by themselves.
+_LIBRARIES: dict[str, tuple[tuple[tuple[str, str], ...], dict[str, tuple[str, ...]], tuple[str, ...]]] = {
+    "dinoreg": ((), {}, ()),
+    "meta": ((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}, ()),
+    "timm": (
         (("register_tokens", "reg_token"), (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")),
         {".attn.qkv.bias": _BIASES, ".mlp.w12.": (".mlp.fc1_g.", ".mlp.fc1_x.")},
-        gated=((".mlp.w3.", ".mlp.fc2."),),
-        biases=_BIASES,
+        _BIASES,
     ),
-    "transformers": _Names(
+    "transformers": (
         (
             *TRANSFORMERS,
             ("patch_embed.proj.", "embeddings.patch_embeddings."),
             ("blocks.", "layer."),
             (".attn.proj.", ".attention.o_proj."),
+            (".mlp.fc1.", ".mlp.up_proj."),
+            (".mlp.fc2.", ".mlp.down_proj."),
         ),
-        {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")},
-        plain=((".mlp.fc1.", ".mlp.up_proj."), (".mlp.fc2.", ".mlp.down_proj.")),
-        gated=((".mlp.w3.", ".mlp.down_proj."),),
-        biases=tuple(f"{part}bias" for part in _QKV),
+        {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.fc1.")},
+        tuple(f"{part}bias" for part in _QKV),
     ),
 }
 
@@ -74,7 +60,9 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
 
     Of Meta's, the norm of local crops, the periods of positions and the biases' masks are passed on.
     """
-    names, pairs = _LIBRARIES[library], flipped(_pairs(state, library))
+    theirs, parts, biases = _LIBRARIES[library]
+    gated = any(gate in key for key in state for gate in _GATES)
+    pairs = flipped(theirs) + ([(".mlp.fc2.", ".mlp.w3.")] if gated else [])
     plain = ((re.sub(r"^model\.(?=layer\.)", "", key), value) for key, value in from_meta(state).items())
     out = unique((renamed(key, pairs), value) for key, value in plain)
     for key, value in list(out.items()):
@@ -82,40 +70,32 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
             del out[key]
         elif key == "mask_token":
             out[key] = value.flatten(0, -2)  # transformers' has three dimensions
-        elif key == _PERIODS:
-            _check(value)
+        elif key == _PERIODS and not torch.allclose(  # the published ones are rounded to bfloat16
+            value.float(), BASE ** (torch.arange(len(value)) / len(value)), rtol=1e-2
+        ):
+            raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(value)})")
         elif key.endswith(".bias_mask"):
             bias = key.removesuffix("_mask")
             out[bias] = torch.where(value.bool(), out[bias], 0)  # what is masked may be anything
         elif key.endswith((".attn.qkv.weight", f"{_QKV[0]}weight")):
-            for bias in names.biases:
+            for bias in biases:
                 out.setdefault(key.partition(".att")[0] + bias, value.new_zeros(value.shape[1]))
-    return joined(out, names.parts)
+    return joined(out, {whole: some for whole, some in parts.items() if gated or whole != ".mlp.w12."})
 
 
 def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False) -> State:
-    """A library's names on disk from ours with a mask token. There always is LayerScale, see `with_scales`.
+    """A library's names on disk from ours with a mask token. There always is LayerScale, see `split`.
 
     library   "timm", whose models have no mask token, or "transformers"
     key_bias  whether keys have biases
     """
-    names, pairs = _LIBRARIES[library], _pairs(state, library)
-    out = {renamed(key, pairs): value for key, value in split(with_scales(state), names.parts).items()}
+    theirs, parts, biases = _LIBRARIES[library]
+    pairs = [(".mlp.w3.", ".mlp.fc2."), *theirs]
+    out = {renamed(key, pairs): value for key, value in split(state, parts).items()}
     if library == "timm":
         del out["mask_token"]
     else:
         mask_token = out["embeddings.mask_token"]
         out["embeddings.mask_token"] = mask_token.unsqueeze(0)
         out.setdefault("embeddings.register_tokens", mask_token.new_zeros(1, 0, mask_token.shape[-1]))
-    return {key: value for key, value in out.items() if key_bias or not key.endswith(names.biases[1])}
-
-
-def _pairs(state: Mapping[str, Tensor], library: str) -> tuple[tuple[str, str], ...]:
-    names = _LIBRARIES[library]
-    return names.pairs + (names.gated if any(gate in key for key in state for gate in _GATES) else names.plain)
-
-
-def _check(periods: Tensor) -> None:
-    expected = BASE ** (torch.arange(len(periods)) / len(periods))
-    if not torch.allclose(periods.float(), expected, rtol=1e-2):  # the published ones are rounded to bfloat16
-        raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(periods)})")
+    return {key: value for key, value in out.items() if key_bias or not key.endswith(biases[1])}

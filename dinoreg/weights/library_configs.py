@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoreg.models.layers import NORM_EPS
-from dinoreg.models.registry import DINOV3, resampling
-from dinoreg.models.rope import BASE
+from dinoreg.models.registry import BASE, DINOV3, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import Stated
@@ -31,7 +30,6 @@ class Kind(NamedTuple):
     gate       the config's name for whether the FFN is gated
     acts       activation of a plain FFN and of a gated one; None: SiLU, whatever the config says
     fixed      what RegisterViT has no argument for: as the encoder has it, which is transformers' default
-    others     arguments of RegisterViT that the config does not say
     """
 
     name: str
@@ -39,7 +37,6 @@ class Kind(NamedTuple):
     gate: str
     acts: tuple[str, str | None]
     fixed: dict[str, Any]
-    others: dict[str, Any]
 
 
 def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[str, tuple[str, Any]]:
@@ -54,27 +51,19 @@ def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[s
     }
 
 
-_REGISTERS, _RATIO = "num_register_tokens", {"ffn_ratio": ("mlp_ratio", 4)}
+_REGISTERS = "num_register_tokens"
+_DINOV2 = _arguments(768, 12, 16, NORM_EPS) | {"ffn_ratio": ("mlp_ratio", 4)}
 _SWIGLU = "use_swiglu_ffn", ("gelu", None), {"qkv_bias": True}
 _ROPE = {
     "num_registers": (_REGISTERS, 0),
     "key_bias": ("key_bias", DINOV3["key_bias"]),
     "rope_base": ("rope_theta", BASE),
 }
-_BIASES = {"proj_bias": True, "mlp_bias": True}
+_GATED = "use_gated_mlp", ("gelu", "silu"), {"proj_bias": True, "mlp_bias": True}
 KINDS = {
-    "dinov2": Kind("Dinov2Model", _arguments(768, 12, 14, NORM_EPS) | _RATIO, *_SWIGLU, {"num_registers": 0}),
-    "dinov2_with_registers": Kind(
-        "Dinov2WithRegistersModel",
-        _arguments(768, 12, 16, NORM_EPS) | _RATIO | {"num_registers": (_REGISTERS, 4)},
-        *_SWIGLU,
-        {},
-    ),
-    "dinov3_vit": Kind(
-        "DINOv3ViTModel",
-        _arguments(384, 6, 16, DINOV3["norm_eps"]) | _ROPE,
-        *("use_gated_mlp", ("gelu", "silu"), _BIASES, {"positions": "rope"}),
-    ),
+    "dinov2": Kind("Dinov2Model", _DINOV2 | {"patch_size": ("patch_size", 14)}, *_SWIGLU),
+    "dinov2_with_registers": Kind("Dinov2WithRegistersModel", _DINOV2 | {"num_registers": (_REGISTERS, 4)}, *_SWIGLU),
+    "dinov3_vit": Kind("DINOv3ViTModel", _arguments(384, 6, 16, DINOV3["norm_eps"]) | _ROPE, *_GATED),
 }
 _TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
@@ -86,8 +75,7 @@ TIMM_DINOV3_ARGUMENTS = TIMM_ARGUMENTS | {"num_registers": "num_reg_tokens", "ro
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
                   "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer",
-                  "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_shift_coords", "rope_jitter_coords",
-                  "rope_rescale_coords"}  # fmt: skip
+                  "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_rescale_coords"}  # fmt: skip
 
 _TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
@@ -197,21 +185,20 @@ def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
     """Every one of `KINDS`; what a config leaves out has the library's default."""
-    kind = KINDS.get(str(config.get("model_type")))
-    if kind is None:
-        found = str(config.get("model_type"))[:40]
-        raise NotHeld(f"weights {path}: model_type is {found!r}, expected {' or '.join(KINDS)}")
+    model_type = str(config.get("model_type"))
+    if model_type not in KINDS:
+        raise NotHeld(f"weights {path}: model_type is {model_type[:40]!r}, expected {' or '.join(KINDS)}")
+    kind = KINDS[model_type]
     values = {ours: config.get(theirs, default) for ours, (theirs, default) in kind.arguments.items()}
     gated = config.get(kind.gate, False) is True
     fixed = kind.fixed | ({"hidden_act": act} if (act := kind.acts[gated]) else {})
     if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
         fixed["head_dim"] = values["dim"] / values["heads"]
     for key, expected in fixed.items():
-        found = config.get(key, expected)
-        close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
-        if not close and found != expected:
+        if (found := config.get(key, expected)) != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp", **kind.others}
+    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp"}
+    values.setdefault("num_registers", 0)
     names = {ours: theirs for ours, (theirs, _) in kind.arguments.items()}
     values |= resampling("transformers", int("num_registers" in names))
     return Stated(values, path.name, names | {"ffn": kind.gate, "num_registers": _REGISTERS})
@@ -233,7 +220,7 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
     values = {ours: _one_side(arguments[theirs]) for ours, theirs in names.items() if theirs in arguments}
     if dinov3:
-        values |= {"positions": "rope"}
+        values.setdefault("rope_base", BASE)
     else:
         values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
     size = _pretrained(config).get("input_size")

@@ -8,7 +8,7 @@ the new size.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
 logger = logging.getLogger(__name__)
 
 CHANNEL_WAYS = ("mean", "repeat", "zero")
+PROJECTION = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,30 @@ def load(
     return build(name, **overrides).to(device).eval().requires_grad_(False)
 
 
+def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
+    """A copy of a model that takes some of its image channels, in any order, and the statistics of these.
+
+    It computes what the model does where the other channels are at their mean, which `augment.channel_drop` trains for.
+
+    chosen  indices of channels, from 0, each once
+    raises  UserError for channels that the model does not have, for one that is named twice, and for none
+    """
+    if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(model.in_channels)}:
+        raise UserError(f"channels={list(chosen)}: expected some of 0 to {model.in_channels - 1}, each once")
+    with torch.device("meta"):
+        selected = RegisterViT(**(model.architecture() | {"in_channels": len(chosen)}))
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
+    selected.load_state_dict(state, assign=True)
+    stated = dict(model.preprocessing or {})
+    for key, each in (("mean", 1), ("std", 1), ("range", 2)):
+        values = stated.get(key)
+        if isinstance(values, Sequence) and len(values) == each * model.in_channels:
+            stated[key] = [values[each * channel + part] for channel in chosen for part in range(each)]
+    selected.preprocessing = stated or None
+    return selected.train(model.training).requires_grad_(any(p.requires_grad for p in model.parameters()))
+
+
 # ------------------------------------------------------------------------------------------------ making them fit
 
 
@@ -155,10 +180,11 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    of_positions = ("positions", "rope_base", "key_bias", "norm_eps")  # as the model's name has them
+    of_positions = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
     for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
         if a[key] != b[key]:
-            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
+            hint = "; names of models that end with _rope have rotary positions" if key == "rope_base" else ""
+            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hint}")
     if a["num_registers"] not in (0, b["num_registers"]):
         raise UserError(
             f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
@@ -182,7 +208,7 @@ def fit(
         raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
     ours, path = model.architecture(), weights.path
     check_same(theirs, ours, path, whose)
-    state, key = dict(weights.backbone), "patch_embed.proj.weight"
+    state, key = dict(weights.backbone), PROJECTION
     reshaped: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
     old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid

@@ -6,7 +6,7 @@ random weights under the name of trained ones would be measured, shown and expor
 
 from pathlib import Path
 
-from dinoreg.models.registry import split_name
+from dinoreg.models.registry import split_name, stem
 from dinoreg.runtime.errors import UserError
 
 RANDOM = "random:"
@@ -46,8 +46,7 @@ def _published(name: str) -> str | None:
     """The file or hub folder that holds the published weights; None: there are none. UserError for an unknown name."""
     size, patch, registers, rope, _ = split_name(name)
     if rope and size not in ("t", "g") and (patch, registers) == (16, 4):
-        letter, plus = size.removesuffix("plus"), "plus" if size.endswith("plus") else ""
-        return f"the folder huggingface.co/facebook/dinov3-vit{letter}16{plus}-pretrain-lvd1689m"
+        return f"the folder huggingface.co/facebook/dinov3-{stem(size, 16)}-pretrain-lvd1689m"
     if rope or size not in _LIBRARY_SIZES or patch != 14 or registers not in (0, 4):
         return None
     if "dinov2-" in name:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
@@ -180,12 +181,12 @@ def read_weights(source: str | Path) -> Weights:
         if metadata.get("format") == TEACHER_FORMAT:
             found = "dinoreg"  # without registers the names alone would look like timm's
         if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
-            if not is_dinov3(state) and stated.values.get("positions") != "rope":
+            if not is_dinov3(state) and stated.values.get("rope_base") is None:
                 raise UserError(
                     "no 'pos_embed': its positions are not learned, and nothing says that they are rotary as DINOv3's; "
                     "timm runs a model of its own as weights=timm:NAME:FILE"
                 )
-            stated = replace(stated, values={**stated.values, "positions": "rope"})
+            stated = replace(stated, values={"rope_base": BASE, **stated.values})
             backbone = from_dinov3(state, found)
         else:
             backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)

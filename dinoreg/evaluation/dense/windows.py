@@ -172,9 +172,8 @@ class Windows:
         yields         (which rows, (K, rows, width) of the type of `maps`)
         """
         down, across = len(self.tops), len(self.lefts)
-        grid = (
-            maps.unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        )  # (K, down h, across w)
+        # (K, down h, across w)
+        grid = maps.unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         vertical = torch.from_numpy(self._axis(self.height, self.tops, height)).to(maps)
         horizontal = torch.from_numpy(self._axis(self.width, self.lefts, width)).to(maps)
         step = max(elements // (maps.shape[1] * width), 1)

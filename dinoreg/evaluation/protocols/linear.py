@@ -77,9 +77,9 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
     test, folds = labelled_folds(measured)
     titles = [f"{name}, fold {number} of {len(folds)}" for number in range(1, len(folds) + 1)]
     chosen = getattr(measured.options, name)
-    trained = partial(_trained, measured, chosen, kind_of_grid)
-    grids = [trained(*each) for each in zip(folds, titles if len(folds) > 1 else [name])]
-    grid, chosen_on = grids[0].grid, grids[0].chosen_on
+    learn = partial(kind_of_grid.of, measured, chosen)
+    grids = [learn(*each) for each in zip(folds, titles if len(folds) > 1 else [name])]
+    grid, chosen_on = grids[0], grids[0].chosen_on
 
     def pooled(kind: Kind | None) -> tuple[np.ndarray, str | list[str]]:
         """What the best heads, of one kind of input or of any, say of all test images, and which they are."""
@@ -102,7 +102,7 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
     }
     shared: dict[str, Any] = {
         "chosen_on": chosen_on + ", as published" * (chosen_on == REPORTED),
-        "n_train": learnt_from([len(each.grid.rows) for each in grids]),
+        "n_train": learnt_from([len(each.rows) for each in grids]),
     }
     rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
     for kind in grid.kinds if len(grid.kinds) > 1 else ():
@@ -112,64 +112,26 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
     return rows
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained grid with what its heads say of the test images, and their scores.
-
-    said        {head: classes (n,) int64} of the test images
-    validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
-                of lower loss come first. None: by `reported`, the scores on the test images
-    chosen_on   in words
-    """
-
-    grid: "Grid"
-    said: dict[str, np.ndarray]
-    reported: dict[str, float]
-    validation: dict[str, float] | None
-    chosen_on: str
-
-    def best(self, kind: Kind | None) -> str:
-        """The best head, of one kind of input or of any."""
-        names = self.reported if kind is None else self.grid.names(kind)
-        own = None if self.validation is None else {name: at for name, at in self.validation.items() if name in names}
-        return choose_best({name: self.reported[name] for name in names}, own)[0]
-
-
-def _trained(
-    measured: Measurement, chosen: Any, kind_of_grid: type["Grid"], fold: Fold[Labelled], name: str
-) -> _Trained:
-    """All heads trained and scored in one fold; `name` is that of the saved state."""
-    context, metric = measured.context, measured.task.metric
-    train, test, val = fold.train, fold.test, fold.val
-    held_out = np.zeros(len(train), dtype=bool)
-    if val is None and chosen.choose_on == "train":
-        held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
-    grid = kind_of_grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
-    features = grid.features(test, "test")
-    grid.train(features.shape[2])
-    (reported, said), validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
-    if val is not None:
-        validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
-    elif held_out.any():
-        known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
-        validation, _ = grid.scores(known, train.labels, metric, rows)
-        loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
-        validation = {name: validation[name] for name in sorted(validation, key=lambda name: loss[name])}
-        words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
-    return _Trained(grid, said, reported, validation, choose_best(reported, validation, words)[1])
-
-
 class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
-    rows   (m,) indices into the training split of the images that the heads learn from
-    name   of the saved state
-    kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
-    maps   {kind: its heads' map to (rates x classes) logits}, once trained
+    rows        (m,) indices into the training split of the images that the heads learn from
+    name        of the saved state
+    kinds       of input; the heads of one kind, which differ by their rate, are one linear map side by side
+    maps        {kind: its heads' map to (rates x classes) logits}, once trained
+    said        {head: classes (n,) int64} of the test images
+    reported    {head: score} on the test images
+    validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
+                of lower loss come first. None: by `reported`
+    chosen_on   in words
     """
 
     optimizer = "SGD, momentum 0.9, cosine to 0"
     chunk = CHUNK
+    said: dict[str, np.ndarray]
+    reported: dict[str, float]
+    validation: dict[str, float] | None = None
+    chosen_on: str
 
     def __init__(
         self,
@@ -188,6 +150,35 @@ class Grid:
         self.steps = options.epochs * (options.epoch_steps or math.ceil(len(rows) / self.batch_size))
         self.no_answers = np.setdiff1d(np.arange(train.num_classes), train.answers)
         self.maps: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, measured: Measurement, chosen: Any, fold: Fold[Labelled], name: str) -> "Grid":
+        """A grid that was trained and scored in one fold; `name` is that of the saved state."""
+        context, metric = measured.context, measured.task.metric
+        train, test, val, words = fold.train, fold.test, fold.val, OFFICIAL
+        held_out = np.zeros(len(train), dtype=bool)
+        if val is None and chosen.choose_on == "train":
+            held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
+        grid = cls(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
+        features = grid.features(test, "test")
+        grid.train(features.shape[2])
+        grid.reported, grid.said = grid.scores(features, test.labels, metric)
+        if val is not None:
+            grid.validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
+        elif held_out.any():
+            known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
+            scores, _ = grid.scores(known, train.labels, metric, rows)
+            loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
+            grid.validation = {name: scores[name] for name in sorted(scores, key=lambda name: loss[name])}
+            words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
+        grid.chosen_on = choose_best(grid.reported, grid.validation, words)[1]
+        return grid
+
+    def best(self, kind: Any) -> str:
+        """The best head, of one kind of input or, with None, of any."""
+        names = self.reported if kind is None else self.names(kind)
+        own = None if self.validation is None else {name: at for name, at in self.validation.items() if name in names}
+        return choose_best({name: self.reported[name] for name in names}, own)[0]
 
     def inputs_of(self, options: Any) -> list[Any]:
         """The kinds of input that the options ask for and the encoder has."""

@@ -31,7 +31,7 @@ def imagenet_set(
     archive: str,
     published: tuple[Published, ...],
     *,
-    layouts: tuple[tuple[str, ...], ...] = (("n[0-9]*",),),
+    layouts: tuple[tuple[str, ...], ...] = (("n[0-9]*/",),),
     folders: tuple[str, ...] = (),
     classes: int = 1000,
     finish: Callable[[Data, list[str]], Data] = lambda data, _places: data,
@@ -49,7 +49,11 @@ def imagenet_set(
     def read(folder: Path, options: Options) -> Data:
         data = _learnt(name, folder, options["imagenet"])
         train, wnids = data.splits["train"], data.extra["wnids"]
-        pictures = [path for path in index_folder(folder) if os.sep in path]
+        # Nothing else is looked at: an archive that was unpacked beside other data has its folders among them.
+        parts = next((paths for paths in layouts if all((folder / path).is_dir() for path in paths)), (".",))
+        bases = {os.path.relpath(folder / part, folder): index_folder(folder / part) for part in parts}
+        found = (os.path.normpath(os.path.join(base, path)) for base, paths in bases.items() for path in paths)
+        pictures = [path for path in found if os.sep in path]
         places = [os.path.dirname(path) for path in pictures]
         ranks = {wnid: rank for rank, wnid in enumerate(wnids)} | {str(rank): rank for rank in range(len(wnids))}
         for place in sorted(set(places)):
@@ -78,7 +82,7 @@ def imagenet_set(
 def _learnt(name: str, folder: Path, given: str) -> Data:
     """ImageNet-1k as its own declaration reads it; UserError where it is neither in the given folder nor beside."""
     imagenet, said = find_benchmark("imagenet1k"), ""
-    for place in [folder / Path(given).expanduser()] if given else folder.parents[:ABOVE]:
+    for place in [folder / Path(given).expanduser()] if given else [folder, *folder.parents][:ABOVE]:
         try:
             found = imagenet.find(place)
         except UserError as error:
