@@ -191,6 +191,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("large", {"logistic", "knn", "linear"}),
         ("scaling", {"variants"}),
         ("stages", {"rows"}),
+        ("healthy", {"rows", "bands"}),
         ("rope", {"rows"}),
         ("memory", {"vits14_reg4"}),
         ("startup", {"seconds", "cpu"}),

@@ -174,15 +174,21 @@ def test_rejected_steps_roll_a_run_back_and_it_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_save_and_go_on_and_send_what_the_plan_says(tmp_path: Path, strategy: str) -> None:
-    overrides = {**SMALL, "parallel.strategy": strategy, "checkpoint.every": 2, "parallel.timeout": 300}
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "hsdp")])
+def test_processes_train_save_and_go_on_and_send_what_the_plan_says(
+    tmp_path: Path, processes: int, parallel: str
+) -> None:
+    """Under HSDP two copies of the network, each on two processes, which KoLeo, too, looks at together."""
+    options = {"parallel.strategy": parallel}
+    if parallel == "hsdp":
+        options = {"parallel.strategy": "fsdp", "parallel.shard": 2, "loss.koleo_ranks": 2}
+    overrides = {**SMALL, **options, "checkpoint.every": 2, "parallel.timeout": 300}
     for steps in (4, 6):
         given = {"overrides": {**overrides, "steps": steps}, "out": str(tmp_path / "run"), "at_step": steps - 1}
-        found = run("run", processes=2, devices=2, **given)
-        assert [rank["error"] for rank in found] == [None, None]
+        found = run("run", processes=processes, devices=processes, **given)
+        assert [rank["error"] for rank in found] == [None] * processes
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    planned = run("planned_collectives", overrides={**overrides, "steps": 6}, world_size=2)
+    planned = run("planned_collectives", overrides={**overrides, "steps": 6}, world_size=processes)
     for rank, counts in enumerate(counts_of(each["step"]) for each in found):
         assert counts.devices == [rank]
         sent = {kind: size * (1 if kind == "all-reduce" else 2) for kind, (_, size) in counts.collectives.items()}

@@ -21,7 +21,7 @@ from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.compare import comparison, differences, run_names
-from dinoreg.reports.plots import run_charts
+from dinoreg.reports.plots import Band, Line, run_charts
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
@@ -474,3 +474,10 @@ def test_tables_of_classes_are_whole_for_a_few_and_the_worst_of_many() -> None:
     assert single.rows == [["sky", "75.0 %"], ["road", "\u2013"]]
     for broken in ({}, {"details": []}, {"details": {"classes": [3]}}, {"details": {"iou": 4}}):
         assert class_tables(broken) == []
+
+
+def test_a_band_counts_the_values_of_a_curve_that_lie_in_it_part_by_part() -> None:
+    band = Band(np.array([0.0, 10.0, 20.0]), np.array([1.0, 3.0]), np.array([2.0, 4.0]))
+    inside = Line("inside", [1, 10, 11, 20, 25], [1.5, 2.0, 3.0, 4.0, 3.5])
+    outside = Line("outside", [1, 10, 11, 20], [2.5, 0.5, 2.0, 1.5])
+    assert (band.share_within(inside), band.share_within(outside)) == (1.0, 0.0)

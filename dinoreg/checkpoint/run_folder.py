@@ -14,13 +14,8 @@ from omegaconf import OmegaConf
 
 from dinoreg.runtime.json_files import STEP_NAME, flatten, is_number, number, read_json, read_json_lines, read_text
 
-OWN_LOSSES = (
-    "diet_loss",
-    "anchor_loss",
-    "gram_loss",
-    "distill_cls_loss",
-    "distill_patch_loss",
-)  # that dinov2 does not have
+# That dinov2 does not have.
+OWN_LOSSES = ("diet_loss", "anchor_loss", "gram_loss", "distill_cls_loss", "distill_patch_loss")
 
 
 def logged_losses(optimised: Mapping[str, Any], dino_weight: float, ibot_weight: float) -> dict[str, float]:

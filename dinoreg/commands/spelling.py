@@ -66,6 +66,5 @@ def corrected(error: BaseException, arguments: Sequence[str]) -> str:
             if stands := re.search(rf"(?<![\w./]){re.escape(part)}(?![\w./])", before):
                 new = word.replace(part, meant[1], 1)
                 found.append((stands.start(), [*arguments[:place], new, *arguments[place + 1 :]]))
-    return (
-        f"{text} Write: {shlex.join(['dinoreg', *max(found)[1]])}" if found else text
-    )  # a value stands behind its key
+    # A value stands behind its key.
+    return f"{text} Write: {shlex.join(['dinoreg', *max(found)[1]])}" if found else text

@@ -57,9 +57,8 @@ def announced(rank: int, world_size: int, address: str, port: int, why: str, ses
 def _ranks_here(address: str, port: int, prefix: str, rank: int, world_size: int) -> set[int]:
     """The ranks that have made themselves known, after this one has; without rank 0's store this one only."""
     try:
-        socket.create_connection(
-            (address, port), timeout=3.0
-        ).close()  # refused at once, where the store tries on and on
+        # Refused at once, where the store tries on and on.
+        socket.create_connection((address, port), timeout=3.0).close()
         store = dist.TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
         store.set(f"{prefix}{rank}", "")
         return {rank} | {other for other in range(world_size) if store.check([f"{prefix}{other}"])}

@@ -3,15 +3,20 @@
 Every image comes through a `Source` (bytes or pixels by index, with a name for messages); labels are checked here.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IGNORED = 255  # in a segmentation mask: void, counts neither way
 

@@ -4,7 +4,7 @@ Tokens are packed as in `layers`: one matrix (S, D), the crop groups one after t
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -122,14 +122,16 @@ def _put(x: Tensor, part: Tensor, shapes: Shapes, tokens: Tensor | None, images:
             rows.index_add_(0, index, kept_rows)
 
 
-def _times(a: Tensor, b: Tensor, zero: Tensor, shapes: Shapes, images: Sequence[Tensor], out: Tensor) -> Tensor:
-    """a * b * (images / kept images) in one pass, into `out`; a, out (S', D), b of a shape that broadcasts to it."""
+def _times(a: Tensor, b: Tensor, zero: Tensor, shapes: Shapes, images: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """a * b * (images / kept images) in one pass, in `dtype`; a (S', D), b of a shape that broadcasts to it."""
+    out = torch.empty(a.shape, dtype=dtype, device=a.device)
     sizes = [count * tokens for count, tokens in kept_shapes(shapes, images)]
     scales = [total / len(index) for (total, _), index in zip(shapes, images, strict=True)]
     if len(set(scales)) == 1:
         sizes, scales = [len(a)], scales[:1]
-    for part, factor, product, scale in zip(a.split(sizes), b.expand_as(a).split(sizes), out.split(sizes), scales):
-        torch.addcmul(zero, part, factor, value=scale, out=product)
+    for size, stop, scale in zip(sizes, accumulate(sizes), scales, strict=True):
+        rows = slice(stop - size, stop)  # not split: of its parts a compiler would keep copies
+        torch.addcmul(zero, a[rows], b.expand_as(a)[rows], value=scale, out=out[rows])
     return out
 
 
@@ -166,7 +168,7 @@ class _AddSamples(torch.autograd.Function):
             x = x.clone()  # the compiler knows no marks, and leaves out the copy
         else:
             ctx.mark_dirty(x)
-        _put(x, _times(y, gamma, zero, shapes, images, torch.empty_like(y, dtype=x.dtype)), shapes, tokens, images)
+        _put(x, _times(y, gamma, zero, shapes, images, x.dtype), shapes, tokens, images)
         return x
 
     @staticmethod
@@ -174,11 +176,9 @@ class _AddSamples(torch.autograd.Function):
         y, gamma, zero, tokens, *images = ctx.saved_tensors
         grad, grad_gamma = grads[0].contiguous(), None
         part = _take(grad, ctx.shapes, tokens, images)
-        grad_y = _times(part, gamma, zero, ctx.shapes, images, torch.empty_like(part, dtype=ctx.dtype))
+        grad_y = _times(part, gamma, zero, ctx.shapes, images, ctx.dtype)
         if y is not None:
             # As exact as y, whose own rounding is as coarse. Float16 has not the range; a CPU would only add a copy.
-            short = part.is_cuda and ctx.dtype == torch.bfloat16
-            product = torch.empty_like(part, dtype=ctx.dtype if short else part.dtype)
-            _times(part, y, zero, ctx.shapes, images, product)
-            grad_gamma = product.sum(dim=0, dtype=part.dtype).to(gamma.dtype)
+            dtype = ctx.dtype if part.is_cuda and ctx.dtype == torch.bfloat16 else part.dtype
+            grad_gamma = _times(part, y, zero, ctx.shapes, images, dtype).sum(0, dtype=part.dtype).to(gamma.dtype)
         return grad, grad_y, grad_gamma, None, None, None, None, *(None for _ in images)

@@ -37,11 +37,27 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Where a curve of other runs lay: between `low` and `high` (n,) in the n parts of x between n + 1 `edges`."""
+
+    edges: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def share_within(self, line: Line) -> float:
+        """The share, 0 to 1, of the values of a line that lie in the band."""
+        part = np.searchsorted(self.edges, np.asarray(line.x), side="left").clip(1, len(self.low)) - 1
+        y = np.asarray(line.y)
+        return float(((y >= self.low[part]) & (y <= self.high[part])).mean())
+
+
+@dataclass(frozen=True)
 class Chart:
     """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show.
 
     note       the unit of the values, and what good ones look like
     levels     {name: value}
+    band       of healthy runs, behind the curves
     smooth     draw the moving average of each curve over a faint trace of its values
     marker     draw a dot at every value
     log        logarithmic axis of values; else `from_zero` begins it at 0
@@ -53,6 +69,7 @@ class Chart:
     note: str = ""
     lines: list[Line] = field(default_factory=list)
     levels: dict[str, float] = field(default_factory=dict)
+    band: Band | None = None
     smooth: bool = False
     marker: bool = False
     log: bool = False
@@ -72,6 +89,8 @@ class Chart:
 # A chart is its title, {key of metrics.jsonl or probe.jsonl: name in the legend} (of keys joined by "+" the sum is
 # drawn), options of Chart, and a note: the unit of the values, and what good ones look like.
 CHARTS = json.loads((PACKAGE / "reports/templates/charts.json").read_text())
+# {signal: [least values, greatest values] of each of equal parts of a run, "runs": number}, by `benchmarks/healthy.py`.
+HEALTHY = json.loads((PACKAGE / "reports/templates/healthy.json").read_text())
 UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
 
 
@@ -113,8 +132,14 @@ def _add_evaluations(run: Run, accuracy: Chart) -> None:
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
 
 
-def _chart(run: Run, title: str, names: Mapping[str, str], note: str, *, ln_k: bool = False, **options: Any) -> Chart:
-    """A chart of what a run has measured; `ln_k` draws the level of a uniform guess, which a note may speak of."""
+def _chart(
+    run: Run, title: str, names: Mapping[str, str], note: str, *, ln_k: bool = False, healthy: str = "", **options: Any
+) -> Chart:
+    """A chart of what a run has measured.
+
+    ln_k     draw the level of a uniform guess, which a note may speak of; the values are in nats
+    healthy  the signal of `HEALTHY` that the first curve shows, whose band is drawn behind it; "": none
+    """
     lines = []
     for key, name in names.items():
         parts = key.split("+")
@@ -125,6 +150,12 @@ def _chart(run: Run, title: str, names: Mapping[str, str], note: str, *, ln_k: b
     level = run.last("teacher_entropy_max")
     if level is None:
         return Chart(title, "" if "ln K" in note else note, lines, **options)
+    if healthy and lines and run.num_steps:
+        low, high = (np.array(values) * (level if ln_k else 1.0) for values in HEALTHY[healthy])
+        band = options["band"] = Band(np.linspace(0, run.num_steps, len(low) + 1), low, high)
+        curve = "The curve" if len(lines) == 1 else f"The curve of {lines[0].name}"
+        note += f" {curve} is in the grey band of {HEALTHY['runs']} healthy runs of small networks for "
+        note += f"{band.share_within(lines[0]):.0%} of the run."
     return Chart(title, note, lines, {"ln K": level} if ln_k else {}, **options)
 
 
@@ -143,6 +174,12 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
         figure.subplots_adjust(left=0.14, right=0.97, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
+        if chart.band is not None:
+            band, until = chart.band, max(line.x[-1] for line in chart.lines)
+            parts = int(np.searchsorted(band.edges, until, side="left").clip(1, len(band.low)))
+            low, high = (np.append(values[:parts], values[parts - 1]) for values in (band.low, band.high))
+            edges = np.append(band.edges[:parts], until)
+            axes.fill_between(edges, low, high, step="post", color=GRID, linewidth=0)
         for number, line in enumerate(chart.lines):
             _draw(axes, line, chart, COLOURS[number % len(COLOURS)])
         _draw_levels(axes, chart.levels)

@@ -208,8 +208,8 @@ def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.nda
         last = num_objects - 1 - np.where(fits, shared[number], -1.0)[..., ::-1].argmax(axis=2)  # (A, T)
         any_fits = fits.any(axis=2)
         match[:, :, number] = np.where(any_fits, last, -1)
-        where = np.nonzero(any_fits & ~crowd[last])
-        free[(*where, last[where])] = False
+        places, overlaps_at = np.nonzero(any_fits & ~crowd[last])
+        free[places, overlaps_at, last[places, overlaps_at]] = False
     return match
 
 
