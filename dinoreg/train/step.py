@@ -320,9 +320,7 @@ def backward(
     path draws the same samples both times because every micro-batch sets its seed again. The tokens of other processes
     take part in the same way.
     """
-    weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
-    weights |= {"ibot": loss.ibot_weight, "diet": loss.diet_weight, "anchor": loss.anchor_weight}
-    weights["gram"] = loss.gram_weight
+    weights = loss.weights
     anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
     parts = list(micro_batches(batch, accumulate))
     ranks = state.ranks
