@@ -216,12 +216,16 @@ class RegisterViT(nn.Module):
         hidden = int(dim * ffn_ratio)
         self.blocks = nn.ModuleList(Block(dim, heads, ffn, hidden, layerscale, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim)
+        self._tell_layers()
+        self.init_weights()
+
+    def _tell_layers(self) -> None:
+        """What all norms and all attention layers of the model have in common."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = norm_eps
+                module.eps = self.norm_eps
             elif isinstance(module, Attention):
-                module.key_bias = key_bias
-        self.init_weights()
+                module.key_bias = self.key_bias
 
     def init_weights(self) -> None:
         """Draw new weights from torch's global generator, as DINOv2 does.

@@ -322,8 +322,7 @@ def backward(
     """
     weights = loss.weights
     anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
-    parts = list(micro_batches(batch, accumulate))
-    ranks = state.ranks
+    parts, ranks = list(micro_batches(batch, accumulate)), state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
     num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate if anchor is not None else None
     koleo = loss.koleo_weight > 0
