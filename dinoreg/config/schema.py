@@ -98,6 +98,18 @@ class LossConfig(Options, section="loss"):
         check(not self.anchor_weight or not self.gram_weight, "loss.gram_weight", self.gram_weight, one)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss that a micro-batch has of its own, by the names of `StepResult.losses`."""
+        return {
+            "dino_global": self.dino_weight,
+            "dino_local": self.dino_weight,
+            "ibot": self.ibot_weight,
+            "diet": self.diet_weight,
+            "anchor": self.anchor_weight,
+            "gram": self.gram_weight,
+        }
+
+    @property
     def anchored(self) -> bool:
         """Whether a loss holds the student to a network that does not learn."""
         return self.anchor_weight + self.gram_weight > 0

@@ -204,26 +204,28 @@ class RegisterViT(nn.Module):
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
         self.rope_base, self.key_bias, self.norm_eps = rope_base, key_bias, norm_eps
         self.rope = None if rope_base is None else Rope(rope_base, rope_shift, rope_jitter, rope_rescale)
-        self.attention_backend = check_backend(attention)
-        self.checkpointing = checkpointing
+        self.attention_backend, self.checkpointing = check_backend(attention), checkpointing
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        shape = 1, 1 + self.grid[0] * self.grid[1], dim
-        self.pos_embed = None if self.rope else nn.Parameter(torch.empty(shape))
+        places = 1 + self.grid[0] * self.grid[1]
+        self.pos_embed = None if self.rope else nn.Parameter(torch.empty(1, places, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate) for rate in rates
-        )
+        hidden = int(dim * ffn_ratio)
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn, hidden, layerscale, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim)
+        self._tell_layers()
+        self.init_weights()
+
+    def _tell_layers(self) -> None:
+        """What all norms and all attention layers of the model have in common."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = norm_eps
+                module.eps = self.norm_eps
             elif isinstance(module, Attention):
-                module.key_bias = key_bias
-        self.init_weights()
+                module.key_bias = self.key_bias
 
     def init_weights(self) -> None:
         """Draw new weights from torch's global generator, as DINOv2 does.

@@ -320,12 +320,9 @@ def backward(
     path draws the same samples both times because every micro-batch sets its seed again. The tokens of other processes
     take part in the same way.
     """
-    weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
-    weights |= {"ibot": loss.ibot_weight, "diet": loss.diet_weight, "anchor": loss.anchor_weight}
-    weights["gram"] = loss.gram_weight
+    weights = loss.weights
     anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
-    parts = list(micro_batches(batch, accumulate))
-    ranks = state.ranks
+    parts, ranks = list(micro_batches(batch, accumulate)), state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
     num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate if anchor is not None else None
     koleo = loss.koleo_weight > 0
