@@ -260,6 +260,19 @@ def test_a_dry_run_shows_the_command_and_the_batch_file_and_writes_nothing(
     assert sorted(Path().iterdir()) == before
 
 
+def test_a_dry_run_describes_a_job_where_there_is_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = ["data=scenes", "out=shown", "nodes=2", "gpus_per_node=2", "partition=gpu", "dry_run=true"]
+    assert main(["launch", "pretrain", "quickstart", "steps=77", *options]) == 0
+    shown = capsys.readouterr().out
+    assert {"    #SBATCH --nodes=2", "    #SBATCH --partition=gpu", "    steps=77"} <= set(shown.splitlines())
+    assert "    seed=0" not in shown.splitlines()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_the_machines_do_not_share_is_guessed(cluster: SlurmCluster) -> None:
     pretrain(str(cluster.unshared / "run"))
     (job,) = ended(cluster.unshared / "run")

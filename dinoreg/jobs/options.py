@@ -74,8 +74,13 @@ class LaunchOptions(Options):
 
     @property
     def on_slurm(self) -> bool:
-        """Whether the jobs go to Slurm; otherwise they run on this machine."""
-        return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
+        """Whether the jobs go to Slurm; otherwise they run on this machine.
+
+        A dry run with options that only Slurm has describes its jobs wherever it is asked for.
+        """
+        if self.cluster is not None or not self.dry_run:
+            return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
+        return shutil.which("sbatch") is not None or any(getattr(self, key) is not None for key in PLACEMENT)
 
     @property
     def tasks(self) -> int:

@@ -59,7 +59,9 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def require(options: LaunchOptions) -> None:
-    """UserError where Slurm's programs are missing or the partition does not exist."""
+    """UserError where Slurm's programs are missing or the partition does not exist; nothing for a dry run elsewhere."""
+    if options.dry_run and (shutil.which("sinfo") is None or ask("sinfo", "-h").returncode):
+        return
     for name in PROGRAMS:
         if shutil.which(name) is None:
             raise UserError(
@@ -76,12 +78,22 @@ def require(options: LaunchOptions) -> None:
 
 def max_array_size() -> int:
     """The largest number of jobs in one array at this site."""
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout)
+    config = ask("scontrol", "show", "config").stdout if shutil.which("scontrol") else ""
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", config)
     return max(1, int(match[1])) if match else DEFAULT_ARRAY_SIZE
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Submission
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, which describes jobs on a machine without Slurm, too; see `require`."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """That of a machine with Slurm."""
+        return 2
 
 
 def make_executor(
@@ -94,7 +106,7 @@ def make_executor(
     after   jobs that must have ended before
     """
     python = interpreter(options, launch, code)
-    executor = submitit.SlurmExecutor(launch, max_num_timeout=options.requeues, python=python)
+    executor = Executor(launch, max_num_timeout=options.requeues, python=python)
     srun_args = ["--kill-on-bad-exit=1"]
     if options.cores:  # srun does not take it over from sbatch
         srun_args.append(f"--cpus-per-task={options.cores}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 
 from dinoreg.config.overwrite import put_back, refuse_live, set_aside
+from dinoreg.config.schema import Config
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.attempt import Command
@@ -22,6 +24,7 @@ from dinoreg.jobs.records import Record, add_records, launch_folder, next_launch
 from dinoreg.jobs.snapshot import copy_package
 from dinoreg.jobs.status import examine
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import render
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -72,9 +75,22 @@ def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
         settings=settings,
         scripts=scripts,
         command_line=command_line,
+        differing=_differing,
         PLACEMENT=PLACEMENT,
     )
     return text.rstrip()
+
+
+def _differing(text: str) -> list[str]:
+    """The values of a config's YAML that are not the defaults, as KEY=VALUE; [] for another file."""
+    from omegaconf import OmegaConf
+
+    try:
+        values = flatten(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
+    except Exception:  # YAML has many ways to be wrong; a file that is none is not shown
+        return []
+    defaults = flatten(json.loads(json.dumps(dataclasses.asdict(Config()))))
+    return [f"{key}={value}" for key, value in values.items() if key in defaults and value != defaults[key]]
 
 
 def command_line(arguments: Sequence[str]) -> str:
