@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import socket
@@ -179,6 +180,14 @@ def test_known_failures_are_explained_and_unknown_ones_are_not() -> None:
     assert "pip install pyarrow2" in str(doctor.explain(ModuleNotFoundError("no", name="pyarrow2")))
     assert "dinoreg[data]" in str(doctor.explain(ModuleNotFoundError("no", name="pyarrow")))
     assert "batch_size" in str(doctor.explain(torch.OutOfMemoryError("CUDA out of memory")))
+    for error in (
+        RuntimeError("unable to mmap 1334928 bytes from file <a.safetensors>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("std::bad_alloc"),
+    ):
+        assert "out of memory" in str(doctor.explain(error))
+    for error in (RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "no process")):
+        assert "data.workers" in str(doctor.explain(error))
     assert doctor.explain(KeyError("x")) is None
     assert doctor.explain(ModuleNotFoundError("no", name="dinoreg.models.nowhere")) is None
 

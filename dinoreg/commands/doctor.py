@@ -3,6 +3,7 @@
 Nothing here needs a working PyTorch, since an installation that cannot be imported is a case to diagnose.
 """
 
+import errno
 import importlib
 import os
 import re
@@ -146,6 +147,10 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
+# What PyTorch, the C++ library and the system say.
+_NO_MEMORY = ("can't allocate memory", "annot allocate memory", "std::bad_alloc")
+
+
 def explain(error: BaseException) -> str | None:
     """One line with the remedy for a known failure of an installation; None for an unknown one."""
     text = str(error)
@@ -161,7 +166,12 @@ def explain(error: BaseException) -> str | None:
         return f"the package {error.name} is not installed: {install(error.name)}"
     if type(error).__name__ == "OutOfMemoryError":
         return "out of device memory: use a smaller batch_size, optim.accumulate=2, or model.checkpointing=true"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if "can't start new thread" in text or (isinstance(error, OSError) and error.errno == errno.EAGAIN):
+        return (
+            "no more threads or processes can be started here: lower data.workers (workers) and threads, or raise the "
+            "limits of this account (ulimit -u) and of its memory (ulimit -v)"
+        )
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
         needed = re.search(r"allocate (\d+) bytes", text)
         size = f", {int(needed[1]) / 2**30:.3g} GiB at once were asked for" if needed else ""
         return (

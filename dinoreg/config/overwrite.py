@@ -70,7 +70,7 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
     if takeover or (is_over and number(status.get("time")) >= number(owner.get("time"))):
         return
     if host == socket.gethostname():
-        if pid != os.getpid() and is_alive(pid, owner.get("started")):
+        if pid != os.getpid() and owner.get("started") is not None and is_alive(pid, owner["started"]):
             raise UserError(
                 f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
             )

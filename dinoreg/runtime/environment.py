@@ -82,8 +82,12 @@ def start_time(process: int) -> int | None:
 
 
 def is_alive(process: object, started: object) -> bool:
-    """Whether the process of that number and `start_time` lives; a later one with the number does not count."""
-    return type(process) is int and started is not None and start_time(process) == started
+    """Whether the process of that number and `start_time` lives; a later one with the number does not count.
+
+    started  None: not known, so that any process of that number counts
+    """
+    now = start_time(process) if type(process) is int else None
+    return now is not None and started in (None, now)
 
 
 def total_memory() -> int | None:
