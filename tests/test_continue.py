@@ -364,6 +364,7 @@ def test_a_run_killed_before_its_first_checkpoint_measures_its_start_once(first:
     config = continued(tmp_path / "run", first, **PROBED)
     out = pretrain(config)
     shutil.rmtree(out / "checkpoints")
+    (out / "status.json").unlink()  # which would say that something had been saved
     pretrain(continued(tmp_path / "run", first, resume=True, **PROBED))
     assert [line["step"] for line in read_lines(out / "probe.jsonl")] == [0, 2, 4, 6, 8, 10]
 
