@@ -226,6 +226,7 @@ def test_a_folder_and_a_table_of_the_same_images_give_the_same_figures(tmp_path:
         found = [
             row
             for task in benchmark.tasks
+            if task.protocol != "attention"  # which runs where it is named, and trains for minutes
             for row in rows_of(task.protocol, benchmark, data, tmp_path / f"features of {path.stem}", small_encoder())
         ]
         values.append([(row.key, row.value, row.low, row.high) for row in found])
