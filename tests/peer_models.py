@@ -104,3 +104,15 @@ def with_lost_terms(found: dict[str, Tensor], original: dict[str, Tensor]) -> di
         "cls_token": original["cls_token"],
         "pos_embed": torch.cat([position, found["pos_embed"][:, 1:]], dim=1),
     }
+
+
+def redrawn(model: nn.Module) -> Any:
+    """Parameters of a size at which every part of the model, and rotary positions, show in its output."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=0.1 if parameter.ndim > 1 else 0.3)
+    return model.eval()

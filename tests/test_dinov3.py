@@ -11,7 +11,7 @@ import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoreg.commands.main import main
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, TimmEncoder, TransformersEncoder
@@ -19,21 +19,10 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights import convert_dinov3
 from dinoreg.weights.load import load, load_into, load_reported
+from tests.peer_models import redrawn
 
 SIZES = [(64, 64), (32, 32), (144, 128), (48, 176)]  # native, small, large, wide
 STATS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-
-def redrawn(model: nn.Module) -> Any:
-    """Parameters of a size at which every part of the model, and rotary positions, show in its output."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(std=0.1 if parameter.ndim > 1 else 0.3)
-    return model.eval()
 
 
 def transformerss(gated: bool = False, **changes: Any) -> Any:

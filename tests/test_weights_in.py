@@ -26,22 +26,10 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.weights import convert
 from dinoreg.weights.load import load, load_into, load_reported
 from tests.hostile import Payload
-from tests.peer_models import with_lost_terms
+from tests.peer_models import redrawn, with_lost_terms
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]
 SIZES = [(518, 518), (224, 224), (98, 98), (224, 308)]
-
-
-def redrawn(model: nn.Module) -> Any:
-    """Parameters of a size at which every part of the model shows in its output."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(std=0.1 if parameter.ndim > 1 else 0.3)
-    return model.eval()
 
 
 def timms(ffn: str = "mlp", registers: int = 4, **changes: Any) -> Any:
