@@ -78,9 +78,10 @@ class LaunchOptions(Options):
 
         A dry run with options that only Slurm has describes its jobs wherever it is asked for.
         """
-        if self.cluster is not None or not self.dry_run:
-            return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
-        return shutil.which("sbatch") is not None or any(getattr(self, key) is not None for key in PLACEMENT)
+        if self.cluster is not None:
+            return self.cluster == "slurm"
+        described = self.dry_run and any(getattr(self, key) is not None for key in PLACEMENT)
+        return described or shutil.which("sbatch") is not None
 
     @property
     def tasks(self) -> int:
