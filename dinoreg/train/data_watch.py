@@ -64,10 +64,12 @@ class DataWatch:
         shares = [self._neighbours / max(1, self._pairs), self._copies / max(1, self._compared)]
         own = torch.cat([stale[None].float(), torch.tensor(shares).to(stale.device)])[None]
         steps, in_order, copies = self.ranks.gather_rows(own).T.tolist()
-        values = crops * per_channel(self.std, crops.device) + per_channel(self.mean, crops.device)
-        ends = (values < _LIMIT) | (values > 1 - _LIMIT)
+        mean, std = (per_channel(values, crops.device) for values in (self.mean, self.std))
+        # The crops take as much memory as they are: limits are normalised, and not the crops put back.
+        at_limits = ((crops < (_LIMIT - mean) / std) | (crops > (1 - _LIMIT - mean) / std)).sum() / crops.numel()
+        low, high = (ends[:, None, None] * std + mean for ends in (crops.amin((0, 2, 3)), crops.amax((0, 2, 3))))
         means = crops.mean(dim=(0, 2, 3))
-        pixels = torch.stack([means[means.abs().argmax()], values.amin(), values.amax(), ends.float().mean()])
+        pixels = torch.stack([means[means.abs().argmax()], low.min(), high.max(), at_limits])
         masked = self._hidden / max(1, self._patches)
         self._clear()
         return {

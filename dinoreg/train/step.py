@@ -252,15 +252,15 @@ def student_losses(
     if seen is not None:
         crops, images = torch.cat(cls_tokens), torch.from_numpy(part.images).to(seen.device, non_blocking=True)
         losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
-    if anchor is not None:
-        with torch.no_grad(), autocast(part.global_crops.device, dtype):
-            anchored = anchor(part.global_crops if part.anchor_crops is None else part.anchor_crops)
-    if anchor is not None and loss.gram_weight > 0:
-        count = part.mask.shape[1]
+    if anchor is None:
+        return losses, global_tokens
+    with torch.no_grad(), autocast(part.global_crops.device, dtype):
+        anchored = anchor(part.global_crops if part.anchor_crops is None else part.anchor_crops)
+    if loss.gram_weight > 0:
         own = tokens[0].patches.new_empty(part.mask.numel(), global_tokens.shape[1])
         own = own.index_copy(0, patches[0], tokens[0].patches).unflatten(0, part.mask.shape)
-        losses["gram"] = gram_loss(own, on_grid(anchored.patches, round(count**0.5)))
-    elif anchor is not None:
+        losses["gram"] = gram_loss(own, on_grid(anchored.patches, round(part.mask.shape[1] ** 0.5)))
+    else:
         anchor_patches = anchored.patches.flatten(0, 1)[patches[0][num_masked:]]
         losses["anchor"] = anchor_loss(global_tokens, visible, anchored.cls, anchor_patches, num_visible)
     return losses, global_tokens
@@ -324,7 +324,9 @@ def backward(
     anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
     parts, ranks = list(micro_batches(batch, accumulate)), state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
-    num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate if anchor is not None else None
+    num_visible = None
+    if anchor is not None and loss.anchor_weight > 0:
+        num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate
     koleo = loss.koleo_weight > 0
     alone = accumulate == 1 and ranks.world_size == 1  # then autograd sees all of KoLeo's batch
     totals: dict[str, Tensor] = {}
