@@ -23,6 +23,7 @@ import measure
 import numpy as np
 
 from dinoreg.config.load import load_config
+from dinoreg.runtime.json_files import read_json, read_json_lines
 from dinoreg.train.health import read_signals
 from dinoreg.train.loop import pretrain
 
@@ -42,7 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
 
 def trained(config: str, options: Mapping[str, Any], seed: int, pictures: Path | None, out: Path, short: bool) -> Path:
     """The folder of a run, which is made unless it is there."""
-    if (out / "report.json").is_file():
+    if read_json(out / "status.json").get("phase") == "finished":
         return out
     given: dict[str, Any] = {**options, "seed": seed, "out": str(out), "probe.every": 0, "log.tensorboard": False}
     if pictures is not None and config != "quickstart":
@@ -52,17 +53,12 @@ def trained(config: str, options: Mapping[str, Any], seed: int, pictures: Path |
     if short:
         given |= {"steps": 6, "batch_size": 4, "log.every": 1}
     pretrain(load_config(config, {**given, "overwrite": out.exists()}))
-    (out / "report.json").write_text("{}")
     return out
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def curves(out: Path, num_prototypes: int) -> dict[str, np.ndarray]:
     """Each signal at `PARTS` equal parts of a run, (PARTS,); NaN where nothing was written."""
-    lines = lines_of(out / "metrics.jsonl")
+    lines = read_json_lines(out / "metrics.jsonl")
     last = lines[-1]["step"]
     found = {name: np.full((2, PARTS), np.nan) for name in SIGNALS}
     for line in lines:
@@ -88,7 +84,7 @@ def main() -> None:
             for seed in range(1 if given.short else count):
                 out = (given.out or Path(folder)) / f"{config}_s{seed}"
                 trained(config, settings, seed, given.pictures, out, given.short)
-                events = {line["name"] for line in lines_of(out / "health" / "events.jsonl")} - {"data-bound"}
+                events = {line["name"] for line in read_json_lines(out / "health" / "events.jsonl")} - {"data-bound"}
                 rows.append({"config": config, "seed": seed, "named": ", ".join(sorted(events)) or "nothing"})
                 all_curves.append(curves(out, load_config(out / "config.yaml").head.prototypes))
     bands = {

@@ -338,9 +338,8 @@ class RegisterViT(nn.Module):
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
         rates: list[Any] = [block.drop_path for block in self.blocks for _ in range(2) if packed and self.training]
-        drawn = iter(
-            draw_kept(shapes, list(filter(None, rates)), x.device) if any(rates) else ()
-        )  # of all blocks at once
+        # Of all blocks at once.
+        drawn = iter(draw_kept(shapes, list(filter(None, rates)), x.device) if any(rates) else ())
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             assert isinstance(block, Block)
@@ -455,9 +454,8 @@ def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
     rows, start = [], 0
     for (count, length), chosen in zip(shapes, patches, strict=True):
         rows.append(torch.arange(start, start + count * length, length, device=chosen.device))
-        rows.append(
-            chosen + (chosen // (length - first) + 1) * first + start
-        )  # after those of its image and all before
+        before = (chosen // (length - first) + 1) * first + start  # those of its image, and all of earlier ones
+        rows.append(chosen + before)
         start += count * length
     return torch.cat(rows)
 
