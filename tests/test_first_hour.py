@@ -196,7 +196,9 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
 
 def test_a_list_ends_with_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list"]) == 0
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 80
 
 
 @pytest.mark.slow

@@ -235,9 +235,9 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
         from dinoreg.evaluation.request import is_own
 
         case = "listed" if not first else "own" if is_own(first) else ""
-        own = parsed[1].dataset.get("own", {})
-        keys = {"columns": "columns", "range": "range", "root": "own.root"}
-        values["reading"] = repeated({**values, **own}, keys)
+        own = parsed[1].dataset.get("own", {}) if case == "own" else {}
+        keys = {key: key for key in ("columns", "range", "own.root")}
+        values["reading"] = repeated(values | {"own.root": own.get("root")}, keys)
     elif case == "crops":
         values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:
