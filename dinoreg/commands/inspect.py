@@ -67,7 +67,8 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
     """
     from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
 
-    path, more = Path(data if isinstance(data, str) else data[0]), [*filter(None, [reading])]
+    path = Path(data if isinstance(data, str) else data[0])
+    more: list[str] = [reading] if reading else []
     name = path.stem if path.is_file() else path.name.partition(":")[0]
     if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes
