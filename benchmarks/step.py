@@ -87,7 +87,7 @@ def build(settings: dict[str, Any]) -> Any:
         compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
-    options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
+    options = {"loss": config.loss, "dtype": dtype, "optim": config.optim, "seed": 0}
 
     here = local_device()
     operations = operations_of(describe(config, 1, 1, here)).total  # of one image

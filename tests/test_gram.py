@@ -12,7 +12,7 @@ from test_step import CPU, FP32, NOW, new_batch
 from training import loss_trace, read_lines, stopped_after, tiny_config
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import DataConfig, ScheduleConfig
+from dinoreg.config.schema import DataConfig, OptimConfig, ScheduleConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import ScenesSource
@@ -77,7 +77,7 @@ def held_state() -> tuple[TrainState, Config]:
 
 
 def step(state: TrainState, config: Config, gram: bool = True, accumulate: int = 1) -> StepResult:
-    options = {"loss": config.loss, "dtype": FP32, "clip_grad": 3.0, "accumulate": accumulate, "seed": 0}
+    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(accumulate=accumulate), "seed": 0}
     return train_step(state, new_batch(), replace(NOW, gram=gram), **options)
 
 

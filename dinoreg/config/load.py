@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key
-from dinoreg.config.foreign import refuse_foreign
+from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key, refuse_foreign
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
-from dinoreg.config.presets import preset_values
 from dinoreg.config.schema import BUDGETS, Config
+from dinoreg.config.view_settings import preset_values
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.runtime.regular_files import read_regular
 

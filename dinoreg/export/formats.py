@@ -26,8 +26,7 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 from dinoreg.weights.architecture import hidden_dim_of
-from dinoreg.weights.convert import to_meta, to_timm, to_transformers
-from dinoreg.weights.convert_dinov3 import to_dinov3
+from dinoreg.weights.convert import to_dinov3, to_meta, to_timm, to_transformers
 from dinoreg.weights.library_configs import INTERPOLATIONS, KINDS, PROCESSOR, TIMM_ARGUMENTS, TIMM_DINOV3_ARGUMENTS
 from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 

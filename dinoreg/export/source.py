@@ -48,7 +48,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
         given = f"{random_name(weights)} (random weights)"
     else:
         loaded = load_reported(weights)
-        model, metadata, run = loaded.model, loaded.weights.metadata, run_of(path)
+        model, metadata, run = loaded.model, loaded.report.weights.metadata, run_of(path)
         given = f"{path.resolve().parent.name}/{path.name}"
     if path is not None and run is not None:
         given = f"{run.resolve().name}/{path.parent.name}/{path.name}"

@@ -1,6 +1,7 @@
 """The report of an evaluation: one table for the terminal, HTML, Markdown and CSV, and a section for every dataset.
 
-It reads the records in `eval/<step>/` and nothing else, so that it can be written again at any time and anywhere.
+It reads the records in `eval/<step>/` and nothing else, so that it can be written again at any time and anywhere. What
+a record's rows know of single classes (recall and precision, AP, IoU, confusions) becomes tables of text.
 """
 
 import csv
@@ -8,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,6 @@ from rich.table import Table
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
-from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
@@ -257,3 +257,60 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 def _lead(records: Sequence[Record]) -> str:
     names = dict.fromkeys(str(record.weights.get("name", "")) for record in records)
     return f"Evaluation of {', '.join(filter(None, names)) or 'nothing'}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Single classes
+
+
+IN_FULL, LISTED = 12, 30  # classes of a matrix that is shown whole; rows of a list
+SINGLE = {"AP": "AP", "iou": "IoU"}  # details of one number a class, and their names
+
+
+class ClassTable(NamedTuple):
+    """A title, column headings and rows of text; columns from the second on are numbers where `numeric`."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    numeric: bool = True
+
+
+def class_tables(row: Mapping[str, Any]) -> list[ClassTable]:
+    """The tables of one row of a record; [] where its details have nothing on classes, or not what was written."""
+    try:
+        return list(_tables(row["details"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return []
+
+
+def _tables(details: Mapping[str, Any]) -> Iterator[ClassTable]:
+    classes = [(each["class"], each["n"], each["recall"], each["precision"]) for each in details.get("classes", ())]
+    if classes:
+        rows = [([name, f"{n:,}", _share(recall), _share(precision)], recall) for name, n, recall, precision in classes]
+        yield _lowest("recall", ["class", "test images", "recall", "precision"], rows)
+        names, matrix = [name for name, *_ in classes], details.get("confusion", ())
+        wrong = [[names[i], names[j], n] for i, line in enumerate(matrix) for j, n in enumerate(line) if n and i != j]
+        listed = details.get("confusions") or sorted(wrong, key=lambda each: -each[2])
+        if matrix and len(names) <= IN_FULL:
+            rows_of_text = [[name, *map(str, line)] for name, line in zip(names, matrix)]
+            yield ClassTable("Confusion: rows are the true classes, columns what was said", ["", *names], rows_of_text)
+        elif listed:
+            rows_of_text = [list(map(str, each)) for each in listed[:LISTED]]
+            yield ClassTable("Largest confusions", ["true class", "said to be", "images"], rows_of_text, numeric=False)
+    for key, name in SINGLE.items():
+        if values := details.get(key):
+            yield _lowest(name, ["class", name], [([each, _share(value)], value) for each, value in values.items()])
+
+
+def _lowest(key: str, head: list[str], rows: list[tuple[list[str], Any]]) -> ClassTable:
+    """The rows, each with the value of `key`; of many classes those with the lowest."""
+    if len(rows) <= LISTED:
+        return ClassTable("Classes", head, [text for text, _ in rows])
+    known = sorted((row for row in rows if is_number(row[1])), key=lambda row: number(row[1]))
+    title = f"The {LISTED} of {len(rows):,} classes with the lowest {key}"
+    return ClassTable(title, head, [text for text, _ in known[:LISTED]])
+
+
+def _share(value: Any) -> str:
+    return score(value) if is_number(value) else DASH

@@ -1,22 +1,26 @@
-"""What a run logs between steps: a line of metrics, the samples of rejected steps, diagnoses."""
+"""What a run logs between steps: a line of metrics, the samples of rejected steps, diagnoses.
+
+What the batches look like, their order, copies, pixels and masks, is measured without slowing a step: numbers of images
+and masks are on the host, files are compared while the first images are read, and of the pixels of a step one sum over
+a few of them is taken.
+"""
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.checkpoint.run_folder import logged_losses
-from dinoreg.config.schema import LossConfig
+from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch
-from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.runtime.device import peak_memory
-from dinoreg.train.data_watch import DataWatch
+from dinoreg.runtime.device import peak_memory, per_channel
 from dinoreg.train.health import Diagnosis, Health, WeightWatch
 from dinoreg.train.logger import SilentLog
+from dinoreg.train.prepare import Setup
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import StepResult
@@ -36,30 +40,17 @@ LOSS_NAMES = {
 }
 
 
-@dataclass
 class Monitor:
-    """Follows a run step by step and writes its metrics and diagnoses.
+    """Follows a run step by step and writes its metrics and diagnoses."""
 
-    source      names the samples of rejected steps
-    batch_size  images a step on this process
-    fp16        whether the loss is scaled, so that an occasional overflow is normal
-    pretrained  whether the run started from weights (`init=`), with a learning rate schedule of the backbone's own
-    loss        the weights that the losses of a step include
-    """
-
-    log: SilentLog
-    health: Health
-    weights: WeightWatch
-    data: DataWatch
-    source: Source
-    ranks: Ranks
-    batch_size: int
-    fp16: bool
-    pretrained: bool
-    loss: LossConfig
-
-    def __post_init__(self) -> None:
-        self.global_batch_size = self.batch_size * self.ranks.world_size
+    def __init__(self, setup: Setup, state: TrainState, log: SilentLog) -> None:
+        """Slow signals are judged after a fifth of the run's horizon, at least 100 steps."""
+        config, horizon, self.ranks = setup.config, setup.schedules.horizon, setup.ranks
+        self.setup, self.log = setup, log
+        self.health = Health(config.head.prototypes, max(100, horizon // 5), setup.ranks, num_steps=horizon)
+        self.weights = WeightWatch(state.student, state.teacher, setup.ranks, frozen=unlearning(config))
+        self.data = DataWatch(config.augment.mean, config.augment.std, setup.ranks)
+        self.fp16 = setup.dtype == torch.float16  # then the loss is scaled, and an occasional overflow is normal
         self._restart()
 
     def _restart(self) -> None:
@@ -92,7 +83,7 @@ class Monitor:
         metrics |= self.weights.after() | self.health.summarise() | self.data.summarise(batch)
         num_steps, elapsed = len(self._steps), time.perf_counter() - self._since
         metrics |= {"step_time": elapsed / num_steps, "data_time": self._data_time / num_steps}
-        metrics["images_per_second"] = self.global_batch_size * num_steps / elapsed
+        metrics["images_per_second"] = self.setup.global_batch_size * num_steps / elapsed
         rejected = self._record_rejected(state.step)
         overflow_is_normal = self.fp16 and float(state.loss_scale) > 1.0
         metrics["nonfinite_steps"] = 0 if overflow_is_normal else rejected
@@ -102,20 +93,21 @@ class Monitor:
 
     def _of_step(self, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
         """The values of this very step, under dinov2's names."""
+        config = self.setup.config
         losses = {name: float(result.losses[key]) for name, key in LOSS_NAMES.items() if key in result.losses}
         return {
             "step": state.step,
-            "images": state.step * self.global_batch_size,
-            **logged_losses(losses, self.loss.dino_weight, self.loss.ibot_weight),
+            "images": state.step * self.setup.global_batch_size,
+            **logged_losses(losses, config.loss.dino_weight, config.loss.ibot_weight),
             "lr": now.lr,
-            **({"backbone_lr": now.lr * now.backbone} if self.pretrained else {}),
+            **({"backbone_lr": now.lr * now.backbone} if self.setup.init else {}),
             "wd": now.weight_decay,
             "mom": now.momentum,
             "teacher_temp": now.teacher_temp,
             "last_layer_lr": now.last_layer_lr,
             **{name: float(norm) for name, norm in result.norms.items()},
-            "current_batch_size": self.batch_size,
-            "global_batch_size": self.global_batch_size,
+            "current_batch_size": config.batch_size,
+            "global_batch_size": self.setup.global_batch_size,
             "pixel_std": float(batch.global_crops.std(dim=(0, 2, 3)).max()),
             "max_memory": peak_memory(batch.global_crops.device),
             **({"loss_scale": float(state.loss_scale)} if self.fp16 else {}),
@@ -130,7 +122,7 @@ class Monitor:
         for index in rejected:
             ids = [int(i) for part in self.ranks.gather_objects(steps[index][0].tolist()) for i in part]
             line = {"step": step - len(steps) + 1 + index, "sample_ids": ids}
-            self.log.append("health/nonfinite.jsonl", {**line, "names": [self.source.name(i) for i in ids]})
+            self.log.append("health/nonfinite.jsonl", {**line, "names": [self.setup.source.name(i) for i in ids]})
         return len(rejected)
 
     def report(self, step: int, diagnoses: list[Diagnosis]) -> None:
@@ -139,3 +131,82 @@ class Monitor:
             text = f"{diagnosis.name} at step {step}: {diagnosis.message}. {diagnosis.remedy}"
             self.log.say(f"health: {text}", logging.WARNING)
             self.log.append("health/events.jsonl", {"step": step, **vars(diagnosis)})
+
+
+def unlearning(config: Config) -> list[str]:
+    """The modules of the networks that do not learn as a whole in a run of this config, see `WeightWatch`."""
+    loss = config.loss
+    still = {
+        "backbone": config.adapt.blocks is not None,
+        "dino_head": loss.dino_weight == 0 and (config.head.separate or loss.ibot_weight == 0),
+        "ibot_head": loss.ibot_weight == 0,
+    }
+    return [name for name, applies in still.items() if applies]
+
+
+_EVERY = 7  # pixels of a crop that are looked at in each step, along both sides
+_LIMIT = 1 / 512  # of the range of values: nearer to black or white is at its end
+
+
+class DataWatch:
+    """Follows the batches of this process; `summarise` is called by all processes together.
+
+    mean, std  by which crops are normalised, one number or one for each channel, on a range of 0 to 1
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], ranks: Ranks) -> None:
+        self.mean, self.std, self.ranks = mean, std, ranks
+        self._known: dict[int, int] = {}  # checksum of a file: the first image that had it
+        self._compared = self._copies = 0
+        self._last: Tensor | None = None  # of the step before
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: list[Tensor] = []
+        self._neighbours = self._pairs = self._hidden = self._patches = 0
+
+    def observe(self, batch: Batch) -> None:
+        """Add one batch; does not wait for the device."""
+        ids = batch.sample_ids
+        self._neighbours += int(np.count_nonzero(np.diff(ids) == 1))
+        self._pairs += len(ids) - 1
+        self._hidden += int(batch.hidden.sum())
+        self._patches += int(np.count_nonzero(batch.hidden)) * batch.mask.shape[1]
+        for number, checksum in zip(ids.tolist(), batch.checksums.tolist()):
+            self._copies += self._known.setdefault(checksum, number) != number
+            self._compared += 1
+        self._sums.append(batch.global_crops[:, 0, ::_EVERY, ::_EVERY].sum())
+
+    def summarise(self, batch: Batch) -> dict[str, float]:
+        """What was seen since the last call, and the pixels of `batch`; waits for the device.
+
+        returns  in_order, the share of images drawn right after the one before them in the data; copies, the share of
+                 the first images whose file is that of another; stale_steps, steps whose pixels are those of the step
+                 before, on the process `stale_rank` that has most; masked, the share of patches hidden in crops with
+                 hidden ones; pixel_mean, of the normalised channel that is farthest from 0; pixel_low
+                 and pixel_high, the darkest and the brightest value on a range of 0 to 1; pixel_limits, the share of
+                 values at either end of it. Pixels are those of rank 0
+        """
+        crops = batch.global_crops
+        sums = torch.stack([*([] if self._last is None else [self._last]), *self._sums])
+        self._last = self._sums[-1]
+        stale = (sums[1:] == sums[:-1]).sum()
+        shares = [self._neighbours / max(1, self._pairs), self._copies / max(1, self._compared)]
+        own = torch.cat([stale[None].float(), torch.tensor(shares).to(stale.device)])[None]
+        steps, in_order, copies = self.ranks.gather_rows(own).T.tolist()
+        mean, std = (per_channel(values, crops.device) for values in (self.mean, self.std))
+        # The crops take as much memory as they are: limits are normalised, and not the crops put back.
+        at_limits = ((crops < (_LIMIT - mean) / std) | (crops > (1 - _LIMIT - mean) / std)).sum() / crops.numel()
+        low, high = (ends[:, None, None] * std + mean for ends in (crops.amin((0, 2, 3)), crops.amax((0, 2, 3))))
+        means = crops.mean(dim=(0, 2, 3))
+        pixels = torch.stack([means[means.abs().argmax()], low.min(), high.max(), at_limits])
+        masked = self._hidden / max(1, self._patches)
+        self._clear()
+        return {
+            "in_order": sum(in_order) / len(in_order),
+            "copies": sum(copies) / len(copies),
+            "stale_steps": max(steps),
+            "stale_rank": steps.index(max(steps)),
+            "masked": masked,
+            **dict(zip(("pixel_mean", "pixel_low", "pixel_high", "pixel_limits"), pixels.tolist())),
+        }

@@ -1,7 +1,6 @@
 """The probes inside a run: when they are due, what is logged of them, and which step is the best so far.
 
-The teacher's features of fixed, unaugmented images are measured, first before any update: `class_probe` measures the
-class tokens, `dense_probe` the patches.
+The teacher's features of fixed, unaugmented images are measured (`probes`), first before any update.
 
 `best` is the step of a probe that was better than the best before it, at first than the untrained network, by more than
 chance: by the paired difference on the same images (`evaluation.comparison.judged`). RankMe has none, and DSE begins
@@ -9,49 +8,32 @@ after the first fifth of the run.
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from dinoreg.checkpoint.steps import ACCURACIES, DENSE, dense_in_words, probe_in_words
-from dinoreg.config.schema import ProbeConfig
 from dinoreg.evaluation.comparison import BETTER, WORSE, judged
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, paired_difference
 from dinoreg.evaluation.result import packed, unpacked
-from dinoreg.train.class_probe import Measured, Probe
-from dinoreg.train.dense_probe import DenseProbe
 from dinoreg.train.health import LINES_IN_A_ROW
 from dinoreg.train.metrics import Monitor
+from dinoreg.train.prepare import Setup
+from dinoreg.train.probes import Measured, Probe
 from dinoreg.train.state import TrainState
 
 
-@dataclass
 class ProbeRunner:
-    """Probes the teacher of a run at intervals, logs the results, and reports when it is the best so far.
+    """Probes the teacher of a run at intervals, logs the results, and reports when it is the best so far."""
 
-    general    the probe on images that a run which started from weights must not forget; None: none
-    dense      the probe of the patches; None: none
-    num_steps  of the run
-    horizon    without options.every a probe is due every tenth of these steps; None: of `num_steps`
-    dtype      of autocast
-    monitor    logs; it excludes the time of probes from the step time
-    """
-
-    probe: Probe
-    general: Probe | None
-    dense: DenseProbe | None
-    options: ProbeConfig
-    num_steps: int
-    device: torch.device
-    dtype: torch.dtype
-    monitor: Monitor
-    horizon: int | None = None
-
-    def __post_init__(self) -> None:
-        tenth = max(1, (self.horizon or self.num_steps) // 10)
+    def __init__(self, setup: Setup, probe: Probe, monitor: Monitor) -> None:
+        """
+        probe    of `setup`
+        monitor  logs; it excludes the time of probes from the step time
+        """
+        self.setup, self.probe, self.monitor, self.options = setup, probe, monitor, setup.config.probe
+        tenth = max(1, setup.schedules.horizon // 10)
         self.every = tenth if self.options.every is None else self.options.every
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
@@ -61,7 +43,7 @@ class ProbeRunner:
 
     def is_due(self, step: int) -> bool:
         """Whether to probe at `step`: at multiples of the period and at the end of the run."""
-        return step % self.every == 0 or step == self.num_steps
+        return step % self.every == 0 or step == self.setup.num_steps
 
     def run(self, state: TrainState) -> bool:
         """Probe the teacher and log the result; returns whether it is the best so far. All processes call together.
@@ -70,7 +52,7 @@ class ProbeRunner:
         time. The result at step 0 is what later ones have to be better than, and never the best itself.
         """
         elapsed = time.perf_counter() - self._started
-        ends = state.step in (0, self.num_steps)
+        ends = state.step in (0, self.setup.num_steps)
         if not ends and self.monitor.ranks.from_main(self._probing > self.options.max_share * elapsed):
             return False
         # Machines may differ in the last digit.
@@ -78,7 +60,8 @@ class ProbeRunner:
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
         self.monitor.pause(values["probe_time"])
-        now = {"step": state.step, **values, "right": _packed(right), "images": self._images}
+        bits = None if right is None else np.packbits(right).tobytes().hex()  # as text, for a checkpoint's history
+        now = {"step": state.step, **values, "right": bits, "images": self._images}
         now["replicates"] = {name: packed(each, "<f4") for name, each in (replicates or {}).items()}
         # Of other images than those of before, as after a change of probe.data, this is the new start.
         if state.step == 0 or state.history.get("start", {}).get("images") != self._images:
@@ -121,7 +104,9 @@ class ProbeRunner:
         count, both = 0, (now, before)
         if metric == "knn_top1":
             count = len(self.probe.images) - self.probe.in_bank
-            replicates = [bootstrap_interval(_unpacked(each["right"], count)).replicates for each in both]
+            bits = (np.frombuffer(bytes.fromhex(each["right"]), dtype=np.uint8) for each in both)
+            rights = (np.unpackbits(each, count=count).astype(float) for each in bits)
+            replicates = [bootstrap_interval(each).replicates for each in rights]
         else:
             replicates = [unpacked(each["replicates"][metric], "<f4") for each in both]
         return judged(now[metric] - before[metric], paired_difference(*replicates), count)
@@ -139,7 +124,7 @@ class ProbeRunner:
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
-        if self.general is not None:
+        if self.setup.general is not None:
             now = values["general_knn_top1"]
             start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
             diagnoses = self.monitor.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
@@ -160,22 +145,13 @@ class ProbeRunner:
 
     def _measure(self, backbone: nn.Module) -> Measured:
         """All probes of the teacher's backbone, with the values of the general one as "general_…"."""
-        place = backbone, self.device, self.dtype, self.monitor.ranks
+        setup = self.setup
+        place = backbone, setup.device, setup.dtype, self.monitor.ranks
         values, right, _ = self.probe.measure(*place)
-        if self.general is not None:
-            general = self.general.measure(*place).values
+        if setup.general is not None:
+            general = setup.general.measure(*place).values
             values["probe_time"] += general.pop("probe_time")
             values |= {f"general_{key}": value for key, value in general.items()}
-        dense = Measured({"probe_time": 0.0}) if self.dense is None else self.dense.measure(*place)
+        dense = Measured({"probe_time": 0.0}) if setup.dense is None else setup.dense.measure(*place)
         seconds = values["probe_time"] + dense.values["probe_time"]
         return Measured({**values, **dense.values, "probe_time": seconds}, right, dense.replicates)
-
-
-def _packed(right: np.ndarray | None) -> str | None:
-    """Bits as text, for the history in a checkpoint."""
-    return None if right is None else np.packbits(right).tobytes().hex()
-
-
-def _unpacked(text: str, count: int) -> np.ndarray:
-    """(count,) float64 of 0 and 1, from the text of `_packed`."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(float)

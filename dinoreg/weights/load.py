@@ -32,36 +32,31 @@ PROJECTION = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was done with every tensor of a file and of the model, by name."""
+    """What was done with every tensor of a file and of the model."""
 
-    path: Path
-    loaded: tuple[str, ...]  # taken as they are
-    reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
-    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and entries beside the state dict
-    adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
-    grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
-    source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
+    weights: Weights  # the content of the file
+    loaded: tuple[str, ...]  # names of the tensors taken as they are
+    reshaped: str  # "pos_embed: 16x16 -> 37x37"
+    adapted: str  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
+    grafted: str  # "register_tokens: 4 fresh registers"
     positions: str  # how the model resamples its positions, and whose way that is
     fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
-    where: str  # what the names in the file begin with: "teacher.backbone"
-    others: tuple[str, ...]  # the same of other networks in the file, which were not taken
-    pixels: str  # what is done with pictures, and which file says so
 
     def __str__(self) -> str:
-        groups = sorted({key.partition(".")[0] for key in self.left_out})
-        missing = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
+        weights = self.weights
+        groups = sorted({key.partition(".")[0] for key in weights.left_out})
         parts = {
-            "reshaped": ", ".join(self.reshaped),
-            "adapted": ", ".join(self.adapted),
-            "grafted": ", ".join(self.grafted),
-            f"left out {len(self.left_out)}": f"({', '.join(groups)})" if groups else "",
-            "not in the file:": ", ".join(missing),
+            "reshaped": self.reshaped,
+            "adapted": self.adapted,
+            "grafted": self.grafted,
+            f"left out {len(weights.left_out)}": f"({', '.join(groups)})" if groups else "",
+            "not in the file:": ", ".join(key for key in self.fresh if not self.grafted.startswith(f"{key}:")),
         }
         changes = [f"{what} {which}" for what, which in parts.items() if which]
-        network = f", {self.where!r} in it" if self.where and self.source != SOURCES["dinoreg"] else ""
-        network += f", not {' or '.join(map(repr, self.others))}" if self.others else ""
-        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source}{network})"
-        return "; ".join([first, *changes, self.positions, self.pixels])
+        network = f", {weights.where!r} in it" if weights.where and weights.source != "dinoreg" else ""
+        network += f", not {' or '.join(map(repr, weights.others))}" if weights.others else ""
+        first = f"{len(self.loaded)} tensors loaded from {weights.path} ({SOURCES[weights.source]}{network})"
+        return "; ".join([first, *changes, self.positions, describe_preprocessing(weights.preprocessing)])
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
@@ -83,11 +78,10 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
 
 
 class Loaded(NamedTuple):
-    """A model with weights, the report on its tensors, and the content of the file."""
+    """A model with weights, and the report on its tensors."""
 
     model: RegisterViT
     report: LoadReport
-    weights: Weights
 
 
 def load_reported(
@@ -107,10 +101,10 @@ def load_reported(
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
     model.preprocessing = _preprocessing(weights, theirs, model)
-    changed = bool(report.reshaped or report.adapted or report.grafted or report.others)
+    changed = bool(report.reshaped or report.adapted or report.grafted or weights.others)
     changed |= "stated_by" in weights.preprocessing  # a library's words, which ours stand for
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
-    return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
+    return Loaded(model.to(device).eval().requires_grad_(True), report)
 
 
 def load(
@@ -209,13 +203,12 @@ def fit(
     ours, path = model.architecture(), weights.path
     check_same(theirs, ours, path, whose)
     state, key = dict(weights.backbone), PROJECTION
-    reshaped: tuple[str, ...] = ()
-    adapted: tuple[str, ...] = ()
+    reshaped = adapted = ""
     old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
     if old != new and "pos_embed" in state:
         resampling = theirs["antialias"], theirs["position_offset"]
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
-        reshaped = (f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}",)
+        reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
     before, after = theirs["in_channels"], model.in_channels
     if before != after:
         if adapt_channels is None:
@@ -224,25 +217,20 @@ def fit(
                 f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
             )
         state[key] = channels(state[key], after, adapt_channels)
-        adapted = (f"{key}: {before} -> {after} channels ({adapt_channels})",)
+        adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
     grafts = model.num_registers if not theirs["num_registers"] else 0
     fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
     source = SOURCES[weights.source]
     was, now = describe_positions(theirs), describe_positions(ours)
     reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
     return state, LoadReport(
-        path=path,
+        weights,
         loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
         reshaped=reshaped,
-        left_out=weights.left_out,
         adapted=adapted,
-        grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
-        fresh=fresh,
-        source=source,
+        grafted=f"register_tokens: {grafts} fresh registers" if grafts else "",
         positions=f"positions are {now}, {reason}",
-        where=weights.where,
-        others=weights.others,
-        pixels=describe_preprocessing(weights.preprocessing),
+        fresh=fresh,
     )
 
 

@@ -21,8 +21,7 @@ from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
-from dinoreg.weights.convert import FROM, detect, from_timm
-from dinoreg.weights.convert_dinov3 import from_dinov3, is_dinov3
+from dinoreg.weights.convert import detect, from_dinov3, from_meta, from_timm, from_transformers, is_dinov3
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 from dinoreg.weights.names import not_there, random_name
@@ -188,8 +187,10 @@ def read_weights(source: str | Path) -> Weights:
                 )
             stated = replace(stated, values={"rope_base": BASE, **stated.values})
             backbone = from_dinov3(state, found)
+        elif found == "timm":
+            backbone = from_timm(state, _grid(stated, state))
         else:
-            backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
+            backbone = from_transformers(state) if found == "transformers" else from_meta(state)
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from None
     heads = [key for key in backbone if _HEAD_KEY.match(key)]
