@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build, parse_name
 from dinoreg.models.vit import RegisterViT
@@ -151,7 +151,7 @@ def test_random_weights_have_to_be_asked_for() -> None:
     ],
 )
 def test_a_published_name_is_refused_with_the_place_of_its_weights(name: str, place: str) -> None:
-    for use in (load, read_weights, read_source, lambda name: open_encoder(name, "cpu", torch.float32)):
+    for use in (load, read_weights, Source, lambda name: open_encoder(name, "cpu", torch.float32)):
         with pytest.raises(UserError) as caught:
             use(name)
         assert place in f"{caught.value} "

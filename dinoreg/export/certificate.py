@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,8 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     )
     # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
-    moved = replace(source, model=resized(model, square))
+    moved = copy.copy(source)
+    moved.model = resized(model, square)
     made = scratch / "second_size"
     made.mkdir()
     form.write(made, moved)

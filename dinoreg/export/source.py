@@ -1,7 +1,6 @@
 """What is exported: a model, the pixels it expects, and the run it came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
 
 
-@dataclass(frozen=True)
 class Source:
-    """A model to export, and how pictures become its input.
+    """A model to export: float32, on the CPU, in evaluation mode.
 
     given       what the caller named, without the folders above it, which are private
     path        the weight file, None for random weights
@@ -27,39 +25,31 @@ class Source:
     size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
-    model: RegisterViT  # float32, on the CPU, in evaluation mode
-    given: str
-    path: Path | None
-    run: Path | None
-    origin: dict[str, Any]
-    preprocessing: Preprocessing
-    size_given: bool
+    def __init__(self, weights: str | Path, size: int | Sequence[int] | None = None) -> None:
+        """The model that `weights` means (see `dinoreg.load`), its positions resampled to `size` if one is given.
 
-
-def read_source(weights: str | Path, size: int | Sequence[int] | None = None) -> Source:
-    """The model that `weights` means (see `dinoreg.load`), its positions resampled to `size` if one is given.
-
-    size    height and width in pixels, or one for both
-    raises  UserError as `dinoreg.load` does, or if the patch size does not divide `size`
-    """
-    path, run, metadata, given = find_weights(weights), None, {}, str(weights)
-    if path is None:
-        model = load(weights)
-        given = f"{random_name(weights)} (random weights)"
-    else:
-        loaded = load_reported(weights)
-        model, metadata, run = loaded.model, loaded.report.weights.metadata, run_of(path)
-        given = f"{path.resolve().parent.name}/{path.name}"
-    if path is not None and run is not None:
-        given = f"{run.resolve().name}/{path.parent.name}/{path.name}"
-    preprocessing = Preprocessing.of_model(model, path)
-    if size is not None:
-        preprocessing = preprocessing.at(checked_size(size, model.patch_size))
-        model = resized(model, preprocessing.size)
-    kinds = {"step": int, "config_hash": str}
-    origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
-    model.requires_grad_(False)
-    return Source(model, given, path, run, origin, preprocessing, size is not None)
+        size    height and width in pixels, or one for both
+        raises  UserError as `dinoreg.load` does, or if the patch size does not divide `size`
+        """
+        self.path, self.size_given = find_weights(weights), size is not None
+        self.run: Path | None = None
+        metadata: dict[str, Any] = {}
+        if self.path is None:
+            self.model = load(weights)
+            self.given = f"{random_name(weights)} (random weights)"
+        else:
+            self.model, report = load_reported(weights)
+            metadata, self.run = report.weights.metadata, run_of(self.path)
+            self.given = f"{self.path.resolve().parent.name}/{self.path.name}"
+            if self.run is not None:
+                self.given = f"{self.run.resolve().name}/{self.path.parent.name}/{self.path.name}"
+        self.preprocessing = Preprocessing.of_model(self.model, self.path)
+        if size is not None:
+            self.preprocessing = self.preprocessing.at(checked_size(size, self.model.patch_size))
+            self.model = resized(self.model, self.preprocessing.size)
+        kinds = {"step": int, "config_hash": str}
+        self.origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
+        self.model.requires_grad_(False)
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

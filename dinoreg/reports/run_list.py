@@ -9,8 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.checkpoint.run_folder import Run
-from dinoreg.checkpoint.run_state import SPOKEN, RunState, state_of
+from dinoreg.checkpoint.run_folder import SPOKEN, Run, RunState, state_of
 from dinoreg.checkpoint.steps import PROBED
 from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run
-from dinoreg.checkpoint.run_state import state_of
+from dinoreg.checkpoint.run_folder import Run, state_of
 from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html

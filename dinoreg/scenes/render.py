@@ -15,7 +15,7 @@ import numpy as np
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.layout import NOISE_STREAM, NUM_CLASSES, UNITS, Plan, Thing, generator, plan
-from dinoreg.scenes.shapes import KINDS, Outline
+from dinoreg.scenes.shapes import KINDS
 from dinoreg.scenes.textures import BACKGROUNDS, Array
 
 CLASS_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
@@ -42,10 +42,6 @@ def _centres(size: int) -> Array:
     if size < 1:
         raise UserError(f"scenes: size must be at least 1 pixel, got {size}")
     return (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(UNITS / size)
-
-
-def _extent(outline: Outline) -> Array:
-    return outline.body if outline.parts is None else np.minimum(outline.body, outline.parts)
 
 
 def _coverage(distance: Array, pixels: float) -> Array:
@@ -96,7 +92,7 @@ def _paint(canvas: Array, scene: Plan, thing: Thing, size: int) -> tuple[slice, 
     column, row = _centres(size)[None, x0:x1], _centres(size)[y0:y1, None]
     x, y = pose.to_body(column, row)
     outline = kind.form(x, y, thing.style)
-    extent = _extent(outline)
+    extent = outline.body if outline.parts is None else np.minimum(outline.body, outline.parts)
 
     soft = _coverage(extent, 0.3 * pixels)
     move = [round(part * 0.16 * pixels) for part in scene.light]

@@ -79,8 +79,8 @@ class RunLog(SilentLog):
     num_steps  of the run, to its end
     trackers   that get the numbers, too; one that fails is reported once and left
 
-    A file that cannot be written, for example on a full disk, is reported once and does not end the run; a failed
-    checkpoint may.
+    The console has a bar on a terminal and in Jupyter (with ipywidgets), else a line from time to time. A file that
+    cannot be written, for example on a full disk, is reported once and does not end the run; a failed checkpoint may.
     """
 
     def __init__(self, out: Path, *, step: int, num_steps: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -97,17 +97,30 @@ class RunLog(SilentLog):
         self._level = logger.level
         logger.addHandler(self._handler)
         logger.setLevel(logging.INFO)
-        self.console = Console(stderr=True)
-        self.display = StepDisplay(self.console, step, num_steps)
+        self.console = console = Console(stderr=True)
+        self._began, self._next = time.monotonic(), 0.0
+        self.bar: Progress | None = None
+        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
+            self.bar = Progress(
+                TextColumn("[bold]pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=console,
+            )
+            self.task = self.bar.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def __enter__(self) -> RunLog:
-        if self.display.progress:
-            self.display.progress.start()
+        if self.bar:
+            self.bar.start()
         return self
 
     def __exit__(self, *ended: object) -> None:
-        if self.display.progress:
-            self.display.progress.stop()
+        if self.bar:
+            self.bar.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
@@ -138,12 +151,26 @@ class RunLog(SilentLog):
         waits, whole = values.get("data_time", 0.0), values["step_time"]
         line += f"  {waits / whole:.0%} waiting for images" if waits > _WAITS * whole else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
-        self.display.show(values, line)
+        self._show(values, line)
+
+    def _show(self, values: Mapping[str, Any], line: str) -> None:
+        """Show the metrics of a step on the console: in a bar, else now and then `line`. step_time is in seconds."""
+        step = values["step"]
+        if self.bar:
+            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            losses += "  waiting for images" * (values.get("data_time", 0.0) > 0.5 * values["step_time"])
+            self.bar.update(self.task, completed=step, losses=losses)
+            return
+        now = time.monotonic()
+        if now >= self._next or step == self.num_steps:
+            self._next = now + min(max((now - self._began) / 100, _APART[0]), _APART[1])
+            left = clock((self.num_steps - step) * values["step_time"])
+            self.console.print(f"step {step}/{self.num_steps}  {line}  {left} left", highlight=False, soft_wrap=True)
 
     def progress(self, step: int) -> None:
         """Move the bar, if any, so that it knows the time left long before the first line of metrics."""
-        if self.display.progress:
-            self.display.progress.update(self.display.task, completed=step)
+        if self.bar:
+            self.bar.update(self.task, completed=step)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to trackers, too."""
@@ -177,42 +204,6 @@ class RunLog(SilentLog):
                     tracker.close(False)
 
 
-class StepDisplay:
-    """Progress on the console: a bar on a terminal and in Jupyter (with ipywidgets), else a line from time to time."""
-
-    def __init__(self, console: Console, step: int, num_steps: int) -> None:
-        self.console = console
-        self.num_steps = num_steps
-        self._began, self._next = time.monotonic(), 0.0
-        self.progress: Progress | None = None
-        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
-            self.progress = Progress(
-                TextColumn("[bold]pretrain"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
-                console=console,
-            )
-            self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
-
-    def show(self, values: Mapping[str, Any], line: str) -> None:
-        """Show the metrics of a step; `line` is their text where there is no bar. step_time is in seconds."""
-        step = values["step"]
-        if self.progress:
-            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
-            losses += "  waiting for images" * (values.get("data_time", 0.0) > 0.5 * values["step_time"])
-            self.progress.update(self.task, completed=step, losses=losses)
-            return
-        now = time.monotonic()
-        if now >= self._next or step == self.num_steps:
-            self._next = now + min(max((now - self._began) / 100, _APART[0]), _APART[1])
-            left = clock((self.num_steps - step) * values["step_time"])
-            self.console.print(f"step {step}/{self.num_steps}  {line}  {left} left", highlight=False, soft_wrap=True)
-
-
 class LineFile:
     """JSON lines appended to a file, unbuffered.
 
@@ -226,7 +217,8 @@ class LineFile:
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns the error when it could not be written yet, else None. NaN and ±inf become strings."""
-        self._buffer += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._buffer += json.dumps(plain).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -271,10 +263,3 @@ def _truncate(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_atomic(path, "".join(f"{line}\n" for line in lines))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
