@@ -229,9 +229,7 @@ def _long_warmups(values: Mapping[str, Any], epochs: float) -> list[str]:
             f"dinov2, ends before teacher.teacher_temp={values['teacher.teacher_temp']:g} is reached"
         )
     if values["optim.freeze_last_layer_epochs"] >= epochs:
-        notes.append(
-            f"optim.freeze_last_layer_epochs: the last layers do not move in the whole run of {epochs:g} epochs"
-        )
+        notes.append(f"optim.freeze_last_layer_epochs: the last layers do not move in a run of {epochs:g} epochs")
     return notes
 
 

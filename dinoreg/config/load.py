@@ -102,9 +102,7 @@ def find_config(source: str | Path) -> Path:
         return path
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
-            )
+            raise UserError(f"config {path}: a folder without config.yaml; expected a run, a YAML file or a name")
         return path / "config.yaml"
     if "/" in str(source):
         raise UserError(f"config {source}: no such file or folder")
@@ -126,9 +124,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not is_dinov2(content, ours):
         if content and all(is_dinov2_key(key) for key in content):
             both = ", ".join(content)
-            logger.warning(
-                "%s: dinov2's files have %s, too; read as a config of dinoreg, with its defaults", path, both
-            )
+            logger.warning("%s: dinov2's files have %s, too; read as dinoreg's, with its defaults", path, both)
         return content
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)

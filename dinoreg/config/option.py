@@ -209,9 +209,8 @@ def declarations(cls: Any) -> dict[str, tuple[Any, Declaration]]:
 
 def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
     """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only those that the result depends on."""
-    return {
-        key: operator.attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping
-    }
+    found = ((key, shapes) for key, _, _, shapes in _walk(type(options)))
+    return {key: operator.attrgetter(key)(options) for key, shapes in found if shapes or not shaping}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -430,10 +429,8 @@ def describe(options: Any) -> list[tuple[str, str, str]]:
     The meaning ends with the accepted values in parentheses.
     """
     cls, values = (options, {}) if isinstance(options, type) else (type(options), flat(options))
-    return [
-        _row(key, inspect.formatannotation(hint), item, values.get(key, item.default))
-        for key, hint, item, _ in _walk(cls)
-    ]
+    written = inspect.formatannotation
+    return [_row(key, written(hint), item, values.get(key, item.default)) for key, hint, item, _ in _walk(cls)]
 
 
 def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:

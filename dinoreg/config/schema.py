@@ -220,9 +220,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(
-        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
-    )
+    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
@@ -293,9 +291,7 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option(
-        "auto", "auto: bf16 where hardware has it; tf32: on CUDA alone", choices=(*PRECISIONS, "tf32")
-    )
+    precision: str = option("auto", "auto: bf16 where hardware has it; tf32: on CUDA", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)

@@ -193,10 +193,7 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     if ours == theirs:
         return [Trial(model, folder, at_native | elsewhere)]
     how, source_how = ("antialias={antialias}, offset={position_offset:g}".format(**each) for each in (theirs, ours))
-    differs = (
-        f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes than the native one "
-        "differ"
-    )
+    differs = f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes differ"
     # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
     moved = copy.copy(source)
@@ -284,9 +281,8 @@ def _compare(form: Format, trial: Trial, answers: Mapping[str, Tensor]) -> Itera
             theirs = answers.get(f"{dtype}/{case}/{output}")
             if theirs is None or theirs.shape != value.shape:
                 shape = None if theirs is None else tuple(theirs.shape)
-                raise RunError(
-                    f"{form.peer}: {output} at {case} has shape {shape}, expected {tuple(value.shape)}; nothing written"
-                )
+                what = f"{output} at {case} has shape {shape}, expected {tuple(value.shape)}"
+                raise RunError(f"{form.peer}: {what}; nothing written")
             if value.numel():  # the registers of a model that has none are empty
                 size = list(trial.cases[case].shape[2:])
                 check = {"size": size, "batch": len(value), "dtype": dtype, "output": output}

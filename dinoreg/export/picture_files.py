@@ -120,10 +120,7 @@ def _write_tiffs(folder: Path, shapes: Mapping[str, tuple[int, int]], source: So
     stated, paths = source.preprocessing, {}
     for name, shape in shapes.items():
         waves = _waves(shape, len(stated.mean))
-        kinds: dict[str, np.ndarray] = {
-            "bytes": (255 * waves).astype(np.uint8),
-            "deep": (65535 * waves).astype(np.uint16),
-        }
+        kinds: dict[str, Any] = {"bytes": (255 * waves).astype(np.uint8), "deep": (65535 * waves).astype(np.uint16)}
         if stated.value_range is not None:
             low, high = (np.array(limits) for limits in stated.value_range)
             kinds["deep"] = (low + (high - low) * waves).astype(np.float32)

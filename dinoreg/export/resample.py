@@ -34,9 +34,8 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     weights = torch.zeros_like(point * sources)
     for tap in (-1.0, 0.0, 1.0, 2.0):
         place = (first + tap).clamp(0, grid - 1)
-        weights = weights + (sources == place).to(torch.float32) * cubic_kernel(
-            (point - first - tap).abs(), PLAIN_SLOPE
-        )
+        share = cubic_kernel((point - first - tap).abs(), PLAIN_SLOPE)
+        weights = weights + (sources == place).to(torch.float32) * share
     return weights
 
 

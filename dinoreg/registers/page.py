@@ -107,9 +107,8 @@ def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
     height = 0.3 + 2.1 * len(records)
     with rc_context(SETTINGS | {"font.size": 8}):
         figure = Figure(figsize=(8.4, height), dpi=110)
-        figure.subplots_adjust(
-            left=0.065, right=0.985, wspace=0.16, hspace=0.55, bottom=0.4 / height, top=1 - 0.25 / height
-        )
+        between: dict[str, Any] = {"wspace": 0.16, "hspace": 0.55}
+        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.4 / height, top=1 - 0.25 / height, **between)
         for (left, right), record in zip(figure.subplots(len(records), 2, squeeze=False), records):
             layers = record["layers"]
             special = [layer["cls"] for layer in layers], zip(*(layer["registers"] for layer in layers))

@@ -107,9 +107,8 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Seq
     lines = [record_lines(record) for record in records]
     values: dict[str, Any] = {"lead": _lead(records), "paired_columns": PAIRED, "paired": paired_rows(paired)}
     cells = [[line.cells for line in each] for each in lines]
-    write_atomic(
-        folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
-    )
+    table = render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
+    write_atomic(folder / "table.md", table)
     write_atomic(folder / "table.csv", comma_separated(records))
     values["headlines"] = _filled([line.cells for each in lines for line in each if line.is_headline])
     values |= {"datasets": list(map(_section, records, lines)), "absent": absent}
@@ -154,9 +153,8 @@ def comma_separated(records: Sequence[Record]) -> str:
         for row in record.rows:
             against = differences(row)
             values = {role: record.baseline(role, row).get("value") for role in ROLES} | about
-            writer.writerow(
-                row | values | {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
-            )
+            values |= {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
+            writer.writerow(row | values)
     return text.getvalue()
 
 

@@ -108,9 +108,8 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
         ]
         for name, charts in CHARTS["run"].items()
     }
-    shown = set(CHARTS["not_shown"]).union(
-        gradients, *(each["keys"] for charts in CHARTS["run"].values() for each in charts)
-    )
+    keys = (each["keys"] for charts in CHARTS["run"].values() for each in charts)
+    shown = set(CHARTS["not_shown"]).union(gradients, *keys)
     # Intervals, and what an accuracy is compared with.
     shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse")) or key == "probe_time"}
     other = [(key, key.replace("_", " ")) for key in sorted(measured - shown)[:most]]

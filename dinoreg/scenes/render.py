@@ -53,9 +53,8 @@ def _paint_background(scene: Plan, size: int) -> Array:
     """(3, S, S) float32, lit."""
     x, y = _centres(size)[None, :], _centres(size)[:, None]
     cos, sin = (np.float32(f(scene.turn) * scene.frequency) for f in (np.cos, np.sin))
-    pattern = BACKGROUNDS[scene.background](
-        x * cos + y * sin, y * cos - x * sin, size / (UNITS * scene.frequency), scene.style
-    )
+    edge = size / (UNITS * scene.frequency)
+    pattern = BACKGROUNDS[scene.background](x * cos + y * sin, y * cos - x * sin, edge, scene.style)
     level, slope_x, slope_y = scene.gradient
     unit = _centres(size) * np.float32(1.0 / UNITS) - np.float32(0.5)
     light = (unit * np.float32(slope_x) + np.float32(level))[None, :] + (unit * np.float32(slope_y))[:, None]

@@ -436,10 +436,8 @@ class WeightWatch:
 
     def _still_parts(self) -> list[str]:
         """The parts in which the teacher still equals the student, as both did at the start."""
-        apart = [
-            torch.stack(torch._foreach_norm(torch._foreach_sub(student, teacher))).max()
-            for student, teacher in self.parts.values()
-        ]
+        differences = (torch._foreach_sub(*sides) for sides in self.parts.values())
+        apart = [torch.stack(torch._foreach_norm(each)).max() for each in differences]
         most = self.ranks.all_reduce_max(torch.stack(apart)).tolist() if apart else []  # none: all of it is left alone
         return [name for name, distance in zip(self.parts, most) if distance == 0]
 

@@ -70,14 +70,12 @@ class Monitor:
         self._data_time += batch.data_time
         self._steps.append((batch.sample_ids, result.accepted))
 
-    def write(
-        self, state: TrainState, batch: Batch, result: StepResult, now: Now, checkpoint_stall: float
-    ) -> dict[str, float | int]:
+    def write(self, state: TrainState, batch: Batch, result: StepResult, now: Now, stall: float) -> dict[str, float]:
         """Write one line of metrics, waiting for the device, and return it. Called by all processes.
 
-        checkpoint_stall  seconds that training waited for checkpoints since the last line
-        returns           step_time and data_time in seconds a step, images_per_second over all processes, max_memory
-                          as `peak_memory` measures it, losses by `logged_losses`, and the metrics of `Health.summarise`
+        stall    seconds that training waited for checkpoints since the last line
+        returns  step_time and data_time in seconds a step, images_per_second over all processes, max_memory as
+                 `peak_memory` measures it, losses by `logged_losses`, and the metrics of `Health.summarise`
         """
         metrics = self._of_step(state, batch, result, now)
         metrics |= self.weights.after() | self.health.summarise() | self.data.summarise(batch)
@@ -87,11 +85,11 @@ class Monitor:
         rejected = self._record_rejected(state.step)
         overflow_is_normal = self.fp16 and float(state.loss_scale) > 1.0
         metrics["nonfinite_steps"] = 0 if overflow_is_normal else rejected
-        metrics["checkpoint_stall"] = checkpoint_stall
+        metrics["checkpoint_stall"] = stall
         self.log.metrics(metrics)
         return metrics
 
-    def _of_step(self, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
+    def _of_step(self, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float]:
         """The values of this very step, under dinov2's names."""
         config = self.setup.config
         losses = {name: float(result.losses[key]) for name, key in LOSS_NAMES.items() if key in result.losses}

@@ -179,9 +179,8 @@ def class_tokens_of_all(
     for part in torch.arange(len(source)).split(READ_AT_ONCE):
         pixels, readable = center_crops(source, part.tolist(), config.crops.global_size, config.model.in_channels)
         if readable:
-            tokens[readable] = Probe(pixels, None, 0, config.augment.mean, config.augment.std).features(
-                backbone, device, dtype, ranks
-            )
+            part_of_all = Probe(pixels, None, 0, config.augment.mean, config.augment.std)
+            tokens[readable] = part_of_all.features(backbone, device, dtype, ranks)
     return tokens
 
 

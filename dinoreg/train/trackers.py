@@ -98,9 +98,8 @@ class MLflow:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             experiment = mlflow.set_experiment(name).experiment_id
             identity = str(self.client.create_run(experiment, run_name=out.resolve().name).info.run_id)
-            self.client.log_batch(
-                identity, params=[mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
-            )
+            params = [mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
+            self.client.log_batch(identity, params=params)
         else:
             self.client.update_run(identity, status="RUNNING")
         self.identity = identity

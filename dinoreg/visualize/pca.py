@@ -202,9 +202,8 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
         raise UserError(f"layer={layer}: expected one block")
     file = Path(basis) if basis else None
     known = read_basis(file, model.dim, foreground) if file is not None and file.exists() else None
-    patches = torch.cat(
-        [model.intermediate_tokens(each[None], layers)[0].patches.float().cpu() for each in gallery.pictures.images]
-    )
+    tokens = (model.intermediate_tokens(each[None], layers)[0] for each in gallery.pictures.images)
+    patches = torch.cat([each.patches.float().cpu() for each in tokens])
     fitted_on = f"{gallery.subject.name}, {len(names)} images"
     colours, split, origin = known or (*_fit(patches, grid, foreground), fitted_on)
     inside = torch.ones(patches.shape[:2], dtype=torch.bool) if split is None else foreground_mask(patches, split)

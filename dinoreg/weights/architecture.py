@@ -133,9 +133,8 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path
         raise UserError(f"weights {path}: {stated.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
     ratio = hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
     # Rounding may have put the quotient a hair below the ratio that gives the width back.
-    return next(
-        r for r in (4.0, ratio, math.nextafter(ratio, math.inf)) if hidden_dim_of(dim, ffn, r) == hidden or r > ratio
-    )
+    above = math.nextafter(ratio, math.inf)
+    return next((r for r in (4.0, ratio) if hidden_dim_of(dim, ffn, r) == hidden), above)
 
 
 def _heads(dim: int, stated: Stated, path: str | Path) -> int:
@@ -156,9 +155,7 @@ def _image_size(num_patches: int | None, patch_size: int, stated: Stated, path: 
     if value is not None:
         sides = as_sides(value)
         if sides is None or num_patches not in (None, math.prod(side // patch_size for side in sides)):
-            tensors = (
-                "expected one or two sides" if sides is None else f"the tensors have {num_patches} patch positions"
-            )
+            tensors = "expected one or two sides" if sides is None else f"the tensors have {num_patches} positions"
             raise UserError(f"weights {path}: {stated.says('image_size')}, {tensors}")
         return [side // patch_size * patch_size for side in sides]
     if num_patches is None:

@@ -54,11 +54,7 @@ def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[s
 _REGISTERS = "num_register_tokens"
 _DINOV2 = _arguments(768, 12, 16, NORM_EPS) | {"ffn_ratio": ("mlp_ratio", 4)}
 _SWIGLU = "use_swiglu_ffn", ("gelu", None), {"qkv_bias": True}
-_ROPE = {
-    "num_registers": (_REGISTERS, 0),
-    "key_bias": ("key_bias", DINOV3["key_bias"]),
-    "rope_base": ("rope_theta", BASE),
-}
+_ROPE = {"num_registers": (_REGISTERS, 0), "key_bias": ("key_bias", False), "rope_base": ("rope_theta", BASE)}
 _GATED = "use_gated_mlp", ("gelu", "silu"), {"proj_bias": True, "mlp_bias": True}
 KINDS = {
     "dinov2": Kind("Dinov2Model", _DINOV2 | {"patch_size": ("patch_size", 14)}, *_SWIGLU),
@@ -209,9 +205,7 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     name = config.get("architecture")
     dinov3 = isinstance(name, str) and _TIMM_DINOV3.fullmatch(name) is not None
     if not isinstance(name, str) or not (dinov3 or _TIMM_VIT.fullmatch(name)):
-        raise NotHeld(
-            f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 or DINOv3 kind"
-        )
+        raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT as DINOv2's or DINOv3's")
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
     names = TIMM_DINOV3_ARGUMENTS if dinov3 else TIMM_ARGUMENTS

@@ -145,9 +145,7 @@ def _only_file(folder: Path) -> Path:
         return files[0]
     if files:
         raise UserError(f"weights {folder}: holds {len(files)} weight files; name one, for example {files[0]}")
-    raise UserError(
-        f"weights {folder}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
-    )
+    raise UserError(f"weights {folder}: no teacher/step_*.safetensors in it, so no run folder, nor other weights")
 
 
 def read_weights(source: str | Path) -> Weights:
