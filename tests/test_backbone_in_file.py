@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinoreg.commands.main import main
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.backbone_in_file import find_backbone
+from dinoreg.weights.files import find_backbone
 from dinoreg.weights.load import load, load_reported
 
 State = dict[str, Tensor]

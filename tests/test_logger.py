@@ -17,8 +17,7 @@ import pytest
 from rich.console import Console
 
 from dinoreg.train import logger as log_module
-from dinoreg.train.logger import LINES, LineFile, RunLog
-from dinoreg.train.trackers import TensorBoard, open_trackers
+from dinoreg.train.logger import LINES, LineFile, RunLog, TensorBoard, open_trackers
 
 
 def values(step: int, **others: Any) -> dict[str, Any]:

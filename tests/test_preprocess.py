@@ -26,7 +26,7 @@ from dinoreg.evaluation.features.images import read_picture, stack_images
 from dinoreg.export.formats import FORMATS
 from dinoreg.export.source import Source
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import preprocessing_of, timm_preprocessing
+from dinoreg.weights.architecture import preprocessing_of, timm_preprocessing
 
 SHAPES = ((48, 80), (80, 48), (9, 11), (40, 40), (31, 200), (47, 70))  # height, width
 

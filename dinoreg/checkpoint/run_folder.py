@@ -294,7 +294,7 @@ def state_of(run: Run) -> RunState:
 
 def _alive(run: Path) -> tuple[str, str]:
     """Phase and reason of a run that has not said that it ended."""
-    from dinoreg.checkpoint.lease import owner_of  # which needs torch, as the runs that have ended do not
+    from dinoreg.checkpoint.async_writer import owner_of  # which needs torch, as the runs that have ended do not
 
     owner = owner_of(run)
     if owner is None:

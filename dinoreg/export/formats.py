@@ -25,9 +25,15 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
-from dinoreg.weights.architecture import hidden_dim_of
+from dinoreg.weights.architecture import (
+    INTERPOLATIONS,
+    KINDS,
+    PROCESSOR,
+    TIMM_ARGUMENTS,
+    TIMM_DINOV3_ARGUMENTS,
+    hidden_dim_of,
+)
 from dinoreg.weights.convert import to_dinov3, to_meta, to_timm, to_transformers
-from dinoreg.weights.library_configs import INTERPOLATIONS, KINDS, PROCESSOR, TIMM_ARGUMENTS, TIMM_DINOV3_ARGUMENTS
 from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 
 # timm's register models by width; other widths are set by arguments over a named model.

@@ -31,7 +31,7 @@ from dinoreg.runtime.guide import after_training, next_lines
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
-from dinoreg.train.logger import RunLog, SilentLog
+from dinoreg.train.logger import Remote, RunLog, SilentLog, open_trackers
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
@@ -40,7 +40,6 @@ from dinoreg.train.prepare import Setup, check_shared
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
-from dinoreg.train.trackers import Remote, open_trackers
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,12 @@ from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precisio
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.json_files import flatten, pointed_step
+from dinoreg.train.logger import Remote, begin_trackers, check_trackers
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.probes import build_dense, build_general, build_probe, class_tokens_of_all, write_probed
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
-from dinoreg.train.trackers import Remote, begin_trackers, check_trackers
 from dinoreg.train.tutor import as_cut, load_tutor
 from dinoreg.weights.load import load_into
 

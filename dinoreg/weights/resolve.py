@@ -19,11 +19,9 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
-from dinoreg.weights.architecture import Stated, infer_architecture
-from dinoreg.weights.backbone_in_file import find_backbone
+from dinoreg.weights.architecture import Stated, infer_architecture, library_of, preprocessing_of, read_config
 from dinoreg.weights.convert import detect, from_dinov3, from_meta, from_timm, from_transformers, is_dinov3
-from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
-from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
+from dinoreg.weights.files import INDEX_SUFFIX, find_backbone, read_file, read_json
 from dinoreg.weights.names import not_there, random_name
 
 TEACHER_FORMAT = "dinoreg-teacher"

@@ -21,9 +21,8 @@ from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import UserError, reworded
-from dinoreg.weights.backbone_in_file import find_backbone
-from dinoreg.weights.files import read_file
-from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
+from dinoreg.weights.architecture import NotHeld, library_of, preprocessing_of
+from dinoreg.weights.files import find_backbone, read_file
 from dinoreg.weights.load import describe_preprocessing, load, load_reported
 from dinoreg.weights.names import not_there, random_name
 from dinoreg.weights.resolve import FILES, find_weights
