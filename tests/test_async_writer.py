@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import loss_trace, read_lines, tiny_config
 
-from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint import async_writer
+from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.config.schema import CheckpointConfig
 from dinoreg.distributed.process_group import ALONE, Ranks
