@@ -27,7 +27,7 @@ from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE, session
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.dense_structure import k_means, structure
-from dinoreg.reports.plots import run_charts
+from dinoreg.reports.html import run_charts
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
 from dinoreg.train import loop, online_probe

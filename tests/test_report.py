@@ -20,7 +20,7 @@ from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.evaluation_report import class_tables
-from dinoreg.reports.plots import Band, Line, run_charts
+from dinoreg.reports.html import Band, Line, run_charts
 from dinoreg.reports.run_report import comparison, differences, run_names, write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration

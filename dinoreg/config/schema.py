@@ -78,7 +78,9 @@ class LossConfig(Options, section="loss"):
     diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     gram_weight: float = option(0.0, "of patches' cosines to one another, held to an earlier teacher's (Gram)", low=0)
-    gram_size: int | None = option(None, "at which that teacher looks; none: as the student", unit="pixel", low=1)
+    gram_size: int | None = option(
+        None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
+    )
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))

@@ -81,10 +81,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
                 )
     pictures = _check_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
-    largest = {}
-    for dtype in ("float32", form.low):
-        differences = (c["relative_difference"] for c in checks if c["bounded"] and c["dtype"] == dtype)
-        largest[dtype] = max(differences, default=None)
+    bounded = [(check["dtype"], check["relative_difference"]) for check in checks if check["bounded"]]
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
     weights = {"weights": source.given, "architecture": source.model.architecture(), "parameters": parameters}
     if source.path is not None:
@@ -102,15 +99,12 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         },
         "inputs": f"standard normal noise, torch.manual_seed({SEED})",
         "checks": checks,
-        "largest_relative_difference": largest,
+        "largest_relative_difference": {
+            dtype: max((far for each, far in bounded if each == dtype), default=None) for dtype in ("float32", form.low)
+        },
         "pictures": pictures,
         "passed": True,
     }
-
-
-def overflows(certificate: Mapping[str, Any]) -> bool:
-    """Whether the source itself has an output that is not finite in the lower dtype."""
-    return any(check["note"] == OVERFLOW for check in certificate["checks"])
 
 
 def summary(certificate: Mapping[str, Any]) -> str:
@@ -118,9 +112,8 @@ def summary(certificate: Mapping[str, Any]) -> str:
 
     What is not bounded is said behind it, as a user whose pictures have another size than the native one meets it.
     """
-    peer_facts, worst = certificate["peer"], certificate["largest_relative_difference"]["float32"]
-    library = peer_facts["library"]
-    known = peer_facts["versions"].get(library) or f"PyTorch {peer_facts['versions']['torch']}"
+    library, versions = certificate["peer"]["library"], certificate["peer"]["versions"]
+    worst, known = certificate["largest_relative_difference"]["float32"], versions.get(library)
     count = sum(check["bounded"] for check in certificate["checks"])
     bound = certificate["bounds"]["float32"]
     files = [check["cosine"] for check in certificate["pictures"]["checks"]]
@@ -132,7 +125,7 @@ def summary(certificate: Mapping[str, Any]) -> str:
         most = max(math.inf if difference is None else difference for difference in found)
         elsewhere = f"; at other sizes than {native} it differs by {most:.1e}, export with size= for the one you use"
     return (
-        f"{library} ({known}) agrees in {count} checks; "
+        f"{library} ({known or 'PyTorch ' + versions['torch']}) agrees in {count} checks; "
         f"largest relative difference in float32 {worst:.1e} of {bound:g}; "
         f"{len(files)} picture files through its own processor: cosine {min(files):.6f} or more{elsewhere}"
     )
@@ -174,10 +167,8 @@ def _check_pictures(
 
 def other_size(model: RegisterViT, square: bool = False) -> tuple[int, int]:
     """An image size (height, width) in pixels besides the native one: smaller, and rectangular unless `square`."""
-    rows, columns = model.grid
-    rows, columns = max(2, round(0.43 * rows)), max(3, round(0.6 * columns))
-    if square:
-        columns = rows
+    rows, columns = max(2, round(0.43 * model.grid[0])), max(3, round(0.6 * model.grid[1]))
+    columns = rows if square else columns
     if (rows, columns) == model.grid:
         rows, columns = rows + 1, columns + 1
     return rows * model.patch_size, columns * model.patch_size

@@ -20,7 +20,7 @@ from dinoreg.checkpoint.atomic import sync
 from dinoreg.checkpoint.run_folder import Run, line_at
 from dinoreg.checkpoint.steps import probe_in_words, role_of
 from dinoreg.config.option import nearest
-from dinoreg.export.certificate import ONE_SIZE, OVERFLOW, certify, listing, overflows
+from dinoreg.export.certificate import ONE_SIZE, OVERFLOW, certify, listing
 from dinoreg.export.formats import FORMATS, Format
 from dinoreg.export.onnx_graph import OPSET, drop_float16
 from dinoreg.export.picture_files import prepare_code
@@ -54,7 +54,7 @@ def export(weights: str | Path, format: str, out: str | Path, size: int | Sequen
         scratch.mkdir()
         form.write(artefact, source)
         certificate = certify(form, source, artefact, scratch)
-        if format == "onnx" and overflows(certificate):
+        if format == "onnx" and any(check["note"] == OVERFLOW for check in certificate["checks"]):
             drop_float16(artefact)
             certificate["artefact"]["files"] = listing(artefact)
         write_card(artefact, form, source, certificate)

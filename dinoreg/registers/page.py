@@ -18,8 +18,7 @@ from PIL import Image
 from rich.table import Table
 
 from dinoreg.registers.measure import BESIDE_OUTLIERS, Measured
-from dinoreg.reports.html import Scale
-from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks
+from dinoreg.reports.html import COLOURS, DOTTED, SETTINGS, Scale, percent_tick, set_log_ticks
 from dinoreg.reports.verdict import DASH, Verdict, in_words
 from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import percent, render, score
@@ -73,7 +72,7 @@ def write_registers(
             gallery.picture(f"maps_{number}", map_sheet(each, images), f"maps of {name}", f"{name}: ")
             for number, (each, name) in enumerate(zip(measured, names))
         ],
-        probed=[(record, _probe_scale(record["probes"])) for record in records if record["probes"]],
+        probed=[(record, Scale([*map(_on_scale, record["probes"])])) for record in records if record["probes"]],
         controlled=[(record["name"], _rows(record["controls"], CONTROLS)) for record in records],
         fitted=[(each, _rows(each["test_time"]["trials"], TRIALS)) for each in records if each["test_time"]],
         discovery=_rows([_discovery(record) for record in records if record["discovery"]], DISCOVERY),
@@ -91,8 +90,8 @@ def _discovery(record: dict[str, Any]) -> dict[str, Any]:
     return found | {"name": record["name"], "best": f"{best} ({low} to {high})"}
 
 
-def _probe_scale(probes: Sequence[dict[str, Any]]) -> Scale:
-    return Scale([(p["token"], p["accuracy"], p["low"], p["high"], p["token"].startswith("register")) for p in probes])
+def _on_scale(probe: dict[str, Any]) -> tuple[str, float, float, float, bool]:
+    return probe["token"], probe["accuracy"], probe["low"], probe["high"], probe["token"].startswith("register")
 
 
 # ------------------------------------------------------------------------------------------------------------

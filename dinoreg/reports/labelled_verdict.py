@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
-from dinoreg.reports.plots import Chart, Line
+from dinoreg.reports.html import Chart, Line
 from dinoreg.reports.verdict import Verdict, in_words
 from dinoreg.runtime.templates import score, with_interval
 

@@ -1,6 +1,5 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -99,16 +98,11 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
 
 
 def print_runs(folder: str) -> None:
-    """Run `dinoreg runs`: print the runs of a folder as a table."""
-    Console(highlight=False).print(runs_table(runs(folder)))
-
-
-def runs_table(found: Iterable[ListedRun]) -> Table:
-    """The runs as a table for the terminal, of 80 columns or more."""
+    """Run `dinoreg runs`: print the runs of a folder as a table, of 80 columns or more."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("run", "state", "steps", "loss", "last", "best", "age"):
         table.add_column(name, justify="right" if name in ("steps", "loss", "age") else "left", overflow="fold")
-    for each in found:
+    for each in runs(folder):
         state, whole = each.state, each.state.num_steps
         said = SPOKEN.get(state.phase, state.phase)
         why = f"\n{in_markup(state.reason)}" if state.reason and state.phase != "running" else ""
@@ -116,4 +110,4 @@ def runs_table(found: Iterable[ListedRun]) -> Table:
         loss = DASH if each.loss is None else f"{each.loss:.3f}"
         figures = (figure.short if figure else DASH for figure in (each.last, each.best))
         table.add_row(in_markup(each.folder.name), said + why, steps, loss, *figures, state.age)
-    return table
+    Console(highlight=False).print(table)

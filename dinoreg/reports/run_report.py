@@ -13,7 +13,7 @@ from dinoreg.checkpoint.run_folder import Run, state_of
 from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
-from dinoreg.reports.plots import CHARTS, Chart, Line, run_charts
+from dinoreg.reports.html import CHARTS, Chart, Line, run_charts
 from dinoreg.reports.run_list import probed
 from dinoreg.reports.verdict import DASH, PAIRED, paired_rows, verdict
 from dinoreg.runtime.durations import duration
@@ -111,7 +111,8 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
     rows = []
     for run, name in zip(runs, names):
         rates, (last, best) = run.series("images_per_second")[1], probed(run)
-        probes = {probe.dataset: _with_interval(probe) for probe in run.newest_probes()}
+        figures = {p.dataset: [score(v, p.unit) for v in (p.value, p.low, p.high)] for p in run.newest_probes()}
+        probes = {dataset: f"{value} ({low} to {high})" for dataset, (value, low, high) in figures.items()}
         row = {
             "run": name,
             "state": state_of(run).in_words,
@@ -164,11 +165,6 @@ def run_names(runs: Sequence[Run]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{run.name} ({number + 1})" for number, run in enumerate(runs)]
-
-
-def _with_interval(probe: Any) -> str:
-    value, low, high = (score(each, probe.unit) for each in (probe.value, probe.low, probe.high))
-    return f"{value} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:
