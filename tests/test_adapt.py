@@ -147,7 +147,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         load_config("quickstart", {"adapt.blocks": 0})
     with pytest.raises(UserError, match=r"adapt.heads=0.2: expected 0: no loss has heads"):
         continued(tmp_path, tmp_path, **DIET, adapt__heads=0.2)
-    with pytest.raises(UserError, match=r"loss.diet_weight=1.0: expected 0 without init="):
+    with pytest.raises(UserError, match=r"loss.diet_weight=1: expected 0 without init="):
         Setup(tiny_config(tmp_path / "run", loss__diet_weight=1.0))
 
 

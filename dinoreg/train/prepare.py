@@ -103,7 +103,7 @@ class Setup:
         if self.general is not None and self.probe is None:
             raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
         self.dense = build_dense(config, self.probe, self.student.backbone.patch_size)
-        looking = (self.probe, self.general, self.dense and self.dense.pictures)
+        looking = (self.probe, self.general, self.dense.pictures if self.dense else None)
         self.notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
         self.notes += self._stages_in_words()
         if advice := self.outlook.advice():
