@@ -32,7 +32,7 @@ from dinoreg.train.loop import pretrain
 from dinoreg.train.prepare import Setup
 from dinoreg.train.probes import Measured, Probe
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import backward, teacher_targets
 from dinoreg.weights.load import load
 
@@ -96,7 +96,7 @@ def test_a_step_pulls_every_visible_token_towards_the_anchors_of_the_whole_image
     batch = new_batch()
 
     def gradients(anchor: RegisterViT | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        state = build_state(config, *build_networks(config), CPU, FP32, anchor)
+        state = TrainState(config, *build_networks(config), CPU, FP32, anchor)
         targets = teacher_targets(state.teacher, batch, state.centers, 0.05, config.loss, FP32, accumulate)
         losses = backward(state, batch, targets, config.loss, FP32, accumulate, seed=0)
         return losses, {name: p.grad for name, p in state.student.backbone.named_parameters() if p.grad is not None}

@@ -29,7 +29,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.loop import pretrain
 from dinoreg.train.prepare import Setup
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import Tutor, as_cut
 from dinoreg.weights.load import load, load_reported
 
@@ -85,7 +85,7 @@ def guided(config: Config) -> TrainState:
     """The state of a run that learns from a random network, 40 wide with patches of 8, whose crops are 48 pixels."""
     network = RegisterViT(image_size=48, patch_size=8, dim=40, depth=2, heads=2, num_registers=1, layerscale=None)
     tutor = Tutor(NativeEncoder(network, "other", {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}), 48, 32, MEAN, STD)
-    return build_state(config, *build_networks(config, tutor), CPU, FP32, tutor=tutor)
+    return TrainState(config, *build_networks(config, tutor), CPU, FP32, tutor=tutor)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -21,7 +21,7 @@ from dinoreg.runtime import tiling
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import StepResult, train_step
 
 
@@ -73,7 +73,7 @@ def held_state() -> tuple[TrainState, Config]:
     config = tiny_config(loss__gram_weight=2.0, model__drop_path=0.0)
     student, teacher = build_networks(config)
     anchor = build_networks(replace(config, seed=7))[1].backbone
-    return build_state(config, student, teacher, CPU, FP32, anchor), config
+    return TrainState(config, student, teacher, CPU, FP32, anchor), config
 
 
 def step(state: TrainState, config: Config, gram: bool = True, accumulate: int = 1) -> StepResult:

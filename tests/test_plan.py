@@ -34,7 +34,7 @@ from dinoreg.plan.traffic import Collective, collectives
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.schedules import Now
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import train_step
 from tests.training import tiny_config
 
@@ -78,7 +78,7 @@ def device(**values: Any) -> Device:
 
 
 def state_of(config: Config, ranks: Ranks = ALONE) -> TrainState:
-    return build_state(config, *build_networks(config), CPU, torch.float32, ranks=ranks)
+    return TrainState(config, *build_networks(config), CPU, torch.float32, ranks=ranks)
 
 
 def take_step(config: Config, state: TrainState) -> None:

@@ -16,20 +16,20 @@ from dinoreg.config.load import Config
 from dinoreg.data.loader import BatchLoader
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.prepare import Setup
-from dinoreg.train.state import LARGEST_LOSS_SCALE, TrainState, build_networks, build_state
+from dinoreg.train.state import LARGEST_LOSS_SCALE, TrainState, build_networks
 from dinoreg.train.step import train_step
 
 CPU = torch.device("cpu")
 
 
 def fresh(config: Config, dtype: torch.dtype = torch.float32) -> TrainState:
-    return build_state(config, *build_networks(config), CPU, dtype)
+    return TrainState(config, *build_networks(config), CPU, dtype)
 
 
 def trained(config: Config, steps: int, dtype: torch.dtype = torch.float32) -> TrainState:
     """The state after some real steps, with everything in it away from its first value."""
     setup = Setup(config)
-    state = build_state(config, setup.student, setup.teacher, CPU, dtype)
+    state = TrainState(config, setup.student, setup.teacher, CPU, dtype)
     advance(setup, state, steps, dtype)
     return state
 

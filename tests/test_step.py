@@ -17,7 +17,7 @@ from dinoreg.data.masks import mask_tensors
 from dinoreg.models import vit
 from dinoreg.models.stochastic_depth import Kept, draw_kept, token_rows
 from dinoreg.train.schedules import Now
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import (
     StepResult,
     backward,
@@ -33,7 +33,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 def new_state(config: Config, device: torch.device = CPU) -> TrainState:
-    state = build_state(config, *build_networks(config), device, FP32)
+    state = TrainState(config, *build_networks(config), device, FP32)
     with torch.no_grad():  # a teacher of its own, and registers that matter
         for parameter in state.teacher.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
@@ -324,7 +324,7 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
     config = tiny_config(model__drop_path=0.0, loss__centering="sinkhorn")
     batch, results = new_batch(), []
     for dtype in (torch.float32, torch.bfloat16):
-        state = build_state(config, *build_networks(config), CPU, dtype)
+        state = TrainState(config, *build_networks(config), CPU, dtype)
         results.append(train_step(state, batch, NOW, loss=config.loss, dtype=dtype, optim=OptimConfig(), seed=0))
         assert all(p.dtype == torch.float32 for p in state.student.parameters())
     exact, low = results

@@ -38,7 +38,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.probes import build_dense, build_general, build_probe, class_tokens_of_all, write_probed
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
+from dinoreg.train.state import Networks, TrainState, build_networks, model_arguments
 from dinoreg.train.tutor import as_cut, load_tutor
 from dinoreg.weights.load import load_into
 
@@ -168,14 +168,14 @@ class Setup:
         return trackers
 
     def new_state(self) -> TrainState:
-        """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
+        """The training state at step 0, on `device` and distributed over `ranks`; see `TrainState`."""
         anchor = copy.deepcopy(self.teacher.backbone) if self.config.loss.anchored else None
         seen, where = None, (self.device, self.dtype)
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
             seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
         networks, tutor = (self.student, self.teacher), self.tutor
-        state = build_state(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
+        state = TrainState(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
         if tutor is not None:
             state.history["distill"] = tutor.encoder.identity
         return state
