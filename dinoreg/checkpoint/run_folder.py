@@ -1,7 +1,7 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
 `Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights;
-`state_of` says how it stands: finished, running, stopped, failed, or ended without a word.
+`RunState` says how it stands: finished, running, stopped, failed, or ended without a word.
 """
 
 import math
@@ -248,7 +248,6 @@ MARKS |= {"lost": "problem"}
 SPOKEN = {"unseen": "not seen to end", "lost": "ended without a word"}
 
 
-@dataclass(frozen=True)
 class RunState:
     """How a run stands.
 
@@ -260,12 +259,15 @@ class RunState:
     updated    when its files were last written, in seconds since 1970; 0: unknown
     """
 
-    phase: str
-    reason: str
-    reached: int
-    saved: int
-    num_steps: int | None
-    updated: float
+    def __init__(self, run: Run) -> None:
+        status = run.status
+        self.phase, self.reason = str(status.get("phase")), str(status.get("reason", ""))
+        if self.phase not in ("finished", "stopped", "failed"):
+            self.phase, self.reason = _alive(run.folder)
+        reached, self.saved = (whole(status.get(key)) or 0 for key in ("reached", "step"))
+        self.reached, self.num_steps = max(run.step, reached), run.num_steps
+        files = (run.folder / name for name in ("metrics.jsonl", "status.json"))
+        self.updated = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
 
     @property
     def age(self) -> str:
@@ -279,17 +281,6 @@ class RunState:
             return f"{self.phase} by {'an error, ' if self.phase == 'failed' else ''}{self.reason or '?'}"
         said = SPOKEN.get(self.phase, self.phase)
         return f"{said} ({self.reason})" if self.reason else said
-
-
-def state_of(run: Run) -> RunState:
-    """How a run stands."""
-    phase, reason = run.status.get("phase"), str(run.status.get("reason", ""))
-    if phase not in ("finished", "stopped", "failed"):
-        phase, reason = _alive(run.folder)
-    reached, saved = (whole(run.status.get(key)) or 0 for key in ("reached", "step"))
-    files = (run.folder / name for name in ("metrics.jsonl", "status.json"))
-    updated = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
-    return RunState(str(phase), reason, max(run.step, reached), saved, run.num_steps, updated)
 
 
 def _alive(run: Path) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
-from dinoreg.weights.resolve import read_weights
+from dinoreg.weights.resolve import Weights
 
 OUTPUTS = ("cls", "registers", "patches")
 ROUNDING_FACTOR = 3.0
@@ -135,7 +135,7 @@ def check_read_back(form: Format, source: Source, folder: Path) -> None:
     """RunError unless dinoreg reads the artefact as the model that was written; an ONNX graph it does not read."""
     if form.name == "onnx":
         return
-    back, model = read_weights(folder), source.model
+    back, model = Weights(folder), source.model
     kept = Preprocessing.of(back.preprocessing, model.in_channels, model.image_size, model.patch_size, folder)
     same = kept == source.preprocessing
     if form.name not in ("timm", "transformers"):  # which have their own ways: their peers say whether they agree

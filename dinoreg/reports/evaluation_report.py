@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, read_probe
+from dinoreg.checkpoint.run_folder import read_probe
 from dinoreg.reports import html
 from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
@@ -33,7 +32,6 @@ NUMBERS = ("value", "95 % interval", "guessing", *ROLES)
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
 
 
-@dataclass(frozen=True)
 class Record:
     """One dataset's file: its headline as a probe, and its content.
 
@@ -43,12 +41,12 @@ class Record:
     examples   pictures
     """
 
-    probe: Probe
-    content: dict[str, Any]
-    weights: dict[str, Any]
-    rows: list[dict[str, Any]]
-    published: list[dict[str, Any]]
-    examples: list[Path]
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        self.content, self.probe = content, read_probe(content, path)
+        self.weights = (_dicts([content.get("weights")]) or [{}])[0]
+        self.rows = _dicts(content.get("rows"))
+        self.published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
+        self.examples = sorted((path.parent / "examples" / path.stem).glob("*.png"))
 
     @property
     def title(self) -> str:
@@ -81,15 +79,8 @@ class Line(NamedTuple):
 
 def read_records(folder: Path) -> list[Record]:
     """The records of an `eval/<step>/` folder, by dataset; files of other kinds are skipped."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path)
-        if content.get("format") == FORMAT and is_number(content.get("value")):
-            weights = (_dicts([content.get("weights")]) or [{}])[0]
-            published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
-            examples = sorted((folder / "examples" / path.stem).glob("*.png"))
-            rows = _dicts(content.get("rows"))
-            records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
+    found = ((read_json(path), path) for path in sorted(folder.glob("*.json")))
+    records = [Record(*each) for each in found if each[0].get("format") == FORMAT and is_number(each[0].get("value"))]
     if len({record.weights.get("identity") for record in records}) > 1:
         for record in records:
             record.content["title"] = f"{record.title}, {record.weights.get('name')}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run, state_of
+from dinoreg.checkpoint.run_folder import Run, RunState
 from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
@@ -115,7 +115,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
         probes = {dataset: f"{value} ({low} to {high})" for dataset, (value, low, high) in figures.items()}
         row = {
             "run": name,
-            "state": state_of(run).in_words,
+            "state": RunState(run).in_words,
             "model": str(flatten(run.config).get("model.name") or ""),
             "step": f"{run.step:,}",
             "images": f"{run.images_seen:,}" if run.images_seen else "",

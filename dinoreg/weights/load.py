@@ -9,7 +9,6 @@ the new size.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import describe_positions, hidden_dim_of
 from dinoreg.weights.names import random_name
-from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
+from dinoreg.weights.resolve import SOURCES, Weights, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +29,56 @@ CHANNEL_WAYS = ("mean", "repeat", "zero")
 PROJECTION = "patch_embed.proj.weight"
 
 
-@dataclass(frozen=True)
 class LoadReport:
-    """What was done with every tensor of a file and of the model."""
+    """The tensors of a file, adapted to a model, and what was done with every one of them and of the model.
 
-    weights: Weights  # the content of the file
-    loaded: tuple[str, ...]  # names of the tensors taken as they are
-    reshaped: str  # "pos_embed: 16x16 -> 37x37"
-    adapted: str  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
-    grafted: str  # "register_tokens: 4 fresh registers"
-    positions: str  # how the model resamples its positions, and whose way that is
-    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+    weights   the content of the file
+    state     the tensors by name, without added registers and a missing mask token, which the caller initialises
+    loaded    names of the tensors taken as they are
+    reshaped  "pos_embed: 16x16 -> 37x37"
+    adapted   "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
+    grafted   "register_tokens: 4 fresh registers"
+    positions how the model resamples its positions, and whose way that is
+    fresh     what is in the encoder, not in the file, and keeps its start values
+    """
+
+    def __init__(
+        self, weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
+    ) -> None:
+        """Neither the weights nor the model are changed.
+
+        theirs          the architecture of `weights`, as arguments of RegisterViT
+        adapt_channels  "mean" | "repeat" | "zero", or None: other channels are refused
+        whose           the model's side in words, for messages
+        raises          UserError where the two differ beyond what can be adapted
+        """
+        if adapt_channels not in (None, *CHANNEL_WAYS):
+            raise UserError(f"adapt_channels={adapt_channels!r}: expected one of {', '.join(CHANNEL_WAYS)}")
+        ours, path = model.architecture(), weights.path
+        check_same(theirs, ours, path, whose)
+        state, key = dict(weights.backbone), PROJECTION
+        self.reshaped = self.adapted = ""
+        (height, width), new = theirs["image_size"], model.grid
+        old = (height // model.patch_size, width // model.patch_size)
+        if old != new and "pos_embed" in state:
+            resampling = theirs["antialias"], theirs["position_offset"]
+            state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
+            self.reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+        before, after = theirs["in_channels"], model.in_channels
+        if before != after:
+            if adapt_channels is None:
+                how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} (in a run adapt.channels) says how to adapt"
+                raise UserError(f"weights {path}: in_channels is {before}, the model's is {after}; {how}")
+            state[key] = channels(state[key], after, adapt_channels)
+            self.adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
+        grafts = model.num_registers if not theirs["num_registers"] else 0
+        self.fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
+        source = SOURCES[weights.source]
+        was, now = describe_positions(theirs), describe_positions(ours)
+        reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
+        self.weights, self.state, self.positions = weights, state, f"positions are {now}, {reason}"
+        self.grafted = f"register_tokens: {grafts} fresh registers" if grafts else ""
+        self.loaded = [key for key, value in weights.backbone.items() if state[key] is value]
 
     def __str__(self) -> str:
         weights = self.weights
@@ -60,7 +98,7 @@ class LoadReport:
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
-    """Copy the weights of `source` (see `read_weights`) into `model`, in place.
+    """Copy the weights of `source` (see `Weights`) into `model`, in place.
 
     The position grid is resampled to the model's. If the file has no registers, those of the model keep their values.
 
@@ -69,11 +107,11 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     raises          UserError, before anything is changed, for a file that cannot be read, and naming the first other
                     property in which the architectures differ
     """
-    weights = read_weights(source)
+    weights = Weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
     theirs = weights.architecture(None if tells_heads else model.heads)
-    state, report = fit(weights, theirs, model, adapt_channels, "the model's is")
-    model.load_state_dict(state, strict=False)
+    report = LoadReport(weights, theirs, model, adapt_channels, "the model's is")
+    model.load_state_dict(report.state, strict=False)
     return report
 
 
@@ -89,11 +127,12 @@ def load_reported(
 ) -> Loaded:
     """As `load`, but with a report, and only for weights that exist (UserError otherwise)."""
     _check_options(overrides)
-    weights = read_weights(source)
+    weights = Weights(source)
     theirs = weights.architecture(overrides.get("heads"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = RegisterViT(**(theirs | overrides))
-    state, report = fit(weights, theirs, model, adapt_channels, "what was asked for is")
+    report = LoadReport(weights, theirs, model, adapt_channels, "what was asked for is")
+    state = report.state
     if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
     if "register_tokens" in report.fresh:
@@ -184,54 +223,6 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
             f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
             "registers are only grafted onto a backbone that has none"
         )
-
-
-def fit(
-    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `weights`, adapted to `model`, and a report; neither argument is changed.
-
-    theirs          the architecture of `weights`, as arguments of RegisterViT
-    adapt_channels  "mean" | "repeat" | "zero", or None: other channels are refused
-    whose           the model's side in words, for messages
-    returns         the tensors by name, without added registers and a missing mask token, which the caller initialises;
-                    the report names them
-    raises          UserError where the two differ beyond what can be adapted
-    """
-    if adapt_channels not in (None, *CHANNEL_WAYS):
-        raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
-    ours, path = model.architecture(), weights.path
-    check_same(theirs, ours, path, whose)
-    state, key = dict(weights.backbone), PROJECTION
-    reshaped = adapted = ""
-    old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
-    if old != new and "pos_embed" in state:
-        resampling = theirs["antialias"], theirs["position_offset"]
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
-        reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
-    before, after = theirs["in_channels"], model.in_channels
-    if before != after:
-        if adapt_channels is None:
-            raise UserError(
-                f"weights {path}: in_channels is {before}, the model's is {after}; "
-                f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
-            )
-        state[key] = channels(state[key], after, adapt_channels)
-        adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
-    grafts = model.num_registers if not theirs["num_registers"] else 0
-    fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
-    source = SOURCES[weights.source]
-    was, now = describe_positions(theirs), describe_positions(ours)
-    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
-    return state, LoadReport(
-        weights,
-        loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
-        reshaped=reshaped,
-        adapted=adapted,
-        grafted=f"register_tokens: {grafts} fresh registers" if grafts else "",
-        positions=f"positions are {now}, {reason}",
-        fresh=fresh,
-    )
 
 
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:
