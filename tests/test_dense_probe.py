@@ -30,10 +30,10 @@ from dinoreg.evaluation.metrics.dense_structure import k_means, structure
 from dinoreg.reports.html import run_charts
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
-from dinoreg.train import loop, online_probe
+from dinoreg.train import loop
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.logger import SilentLog
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.metrics import ProbeRunner
 from dinoreg.train.probes import DenseProbe, Measured, build_dense, build_probe, segment
 from dinoreg.train.state import build_networks
 

@@ -32,7 +32,7 @@ from dinoreg.scenes import render as scenes
 from dinoreg.scenes.layout import label_of
 from dinoreg.train import loop
 from dinoreg.train.logger import SilentLog
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.metrics import ProbeRunner
 from dinoreg.train.probes import FIRST_PROBE_SCENE, Measured, Probe, build_probe
 from dinoreg.train.state import build_networks
 from dinoreg.weights.resolve import find_weights

@@ -24,8 +24,7 @@ from torch import Tensor
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
-from dinoreg.export.picture_files import compare, prepare_code, write_pictures
-from dinoreg.export.source import Source, resized
+from dinoreg.export.source import Source, compare, prepare_code, resized, write_pictures
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest

@@ -23,8 +23,7 @@ from dinoreg.config.option import nearest
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW, certify, listing
 from dinoreg.export.formats import FORMATS, Format
 from dinoreg.export.onnx_graph import OPSET, drop_float16
-from dinoreg.export.picture_files import prepare_code
-from dinoreg.export.source import Source
+from dinoreg.export.source import Source, prepare_code
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError, reworded
 from dinoreg.runtime.json_files import flatten

@@ -32,8 +32,7 @@ from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.logger import Remote, RunLog, SilentLog, open_trackers
-from dinoreg.train.metrics import Monitor
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.metrics import Monitor, ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
 from dinoreg.train.parallelize import check_replicas, compile_blocks
 from dinoreg.train.prepare import Setup, check_shared

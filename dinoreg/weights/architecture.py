@@ -158,8 +158,8 @@ def _image_size(num_patches: int | None, patch_size: int, stated: Stated, path: 
     if value is not None:
         sides = as_sides(value)
         if sides is None or num_patches not in (None, math.prod(side // patch_size for side in sides)):
-            tensors = "expected one or two sides" if sides is None else f"the tensors have {num_patches} positions"
-            raise UserError(f"weights {path}: {stated.says('image_size')}, {tensors}")
+            have = f"the tensors have {num_patches} patch positions" if sides else "expected one or two sides"
+            raise UserError(f"weights {path}: {stated.says('image_size')}, {have}")
         return [side // patch_size * patch_size for side in sides]
     if num_patches is None:
         return [max(224 // patch_size, 1) * patch_size] * 2
