@@ -291,7 +291,7 @@ Figures = tuple[float, float, float]  # k-NN accuracy, mIoU, DSE
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(online_probe, "bootstrap_interval", partial(bootstrap_interval, samples=200))
+    monkeypatch.setattr(metrics, "bootstrap_interval", partial(bootstrap_interval, samples=200))
 
 
 def follow(
