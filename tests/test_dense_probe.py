@@ -30,7 +30,7 @@ from dinoreg.evaluation.metrics.dense_structure import k_means, structure
 from dinoreg.reports.html import run_charts
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
-from dinoreg.train import loop
+from dinoreg.train import loop, metrics
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.metrics import ProbeRunner
