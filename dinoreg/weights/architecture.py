@@ -364,7 +364,7 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     name = config.get("architecture")
     dinov3 = isinstance(name, str) and _TIMM_DINOV3.fullmatch(name) is not None
     if not isinstance(name, str) or not (dinov3 or _TIMM_VIT.fullmatch(name)):
-        raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT as DINOv2's or DINOv3's")
+        raise NotHeld(f"weights {path}: architecture is {name!r:.62}, expected a ViT of the DINOv2 or DINOv3 kind")
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
     names = TIMM_DINOV3_ARGUMENTS if dinov3 else TIMM_ARGUMENTS

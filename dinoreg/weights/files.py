@@ -164,7 +164,8 @@ def _check_extent(content: Any, path: Path) -> None:
         elif isinstance(value, Tensor):
             whole = value.layout == torch.strided and value.device.type == "cpu"
             if not whole or value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), budget):
-                raise UserError(f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file holds")
+                shape = tuple(value.shape)
+                raise UserError(f"weights {path}: a tensor of shape {shape} is more than the file has bytes for")
 
 
 # ------------------------------------------------------------------------------------------------------------

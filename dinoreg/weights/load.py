@@ -67,7 +67,7 @@ class LoadReport:
         before, after = theirs["in_channels"], model.in_channels
         if before != after:
             if adapt_channels is None:
-                how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} (in a run adapt.channels) says how to adapt"
+                how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how (in a run: adapt.channels)"
                 raise UserError(f"weights {path}: in_channels is {before}, the model's is {after}; {how}")
             state[key] = channels(state[key], after, adapt_channels)
             self.adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
