@@ -202,24 +202,16 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
-        config = self.config
-        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
-        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
-
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
         raises UserError when the folder cannot be written
         """
-        config = self.config
-        stated = {
-            "architecture": self.teacher.backbone.architecture(),
-            "preprocessing": self.preprocessing.as_json(),
-            "config_hash": config.hash(),
-        }
+        config, looks = self.config, self.config.augment
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)  # crops are seen whole
+        preprocessing = Preprocessing(looks.mean, looks.std, (size, size), size, value_range=limits).as_json()
+        architecture = self.teacher.backbone.architecture()
+        stated = {"architecture": architecture, "preprocessing": preprocessing, "config_hash": config.hash()}
         return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
