@@ -79,11 +79,10 @@ class Run:
         self.status = read_json(path / "status.json")
         weights = [number(flatten(self.config).get(f"loss.{name}_weight", 1.0)) for name in ("dino", "ibot")]
         lines = read_json_lines(path / "metrics.jsonl")  # older ones have losses as optimised under dinov2's names
-        old = [
-            line | logged_losses(line, *weights) if "total_loss" in line and "loss" not in line else line
-            for line in lines
-        ]
-        self.metrics = by_step(old)
+        for line in lines:
+            if "total_loss" in line and "loss" not in line:
+                line.update(logged_losses(line, *weights))
+        self.metrics = by_step(lines)
         self.probe = by_step(read_json_lines(path / "probe.jsonl"))
         extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")

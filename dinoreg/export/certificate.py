@@ -145,9 +145,7 @@ def check_read_back(form: Format, source: Source, folder: Path) -> None:
         raise RunError(f"format={form.name}: the artefact is not read back as it was written; nothing written")
 
 
-def _check_pictures(
-    form: Format, source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _check_pictures(form: Format, source: Source, paths: dict[str, Path], answers: dict[str, Tensor]) -> dict[str, Any]:
     """The comparison from image files; RunError for the first picture that is not seen alike."""
     model = source.model
     bounded = source.preprocessing.size == model.image_size or _resampling(form, model) == _resampling(None, model)
@@ -302,11 +300,8 @@ def _answers(trial: Trial, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
     """The source's outputs in float32, computed in a dtype: {(case, output): tensor}."""
     model = copy.deepcopy(trial.model).to(dtype)
     with torch.inference_mode():
-        return {
-            (case, output): value.float()
-            for case, images in trial.cases.items()
-            for output, value in zip(OUTPUTS, model(images.to(dtype)))
-        }
+        found = {case: zip(OUTPUTS, model(images.to(dtype))) for case, images in trial.cases.items()}
+    return {(case, output): value.float() for case, each in found.items() for output, value in each}
 
 
 def listing(folder: Path) -> dict[str, Any]:

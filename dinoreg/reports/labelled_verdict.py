@@ -178,6 +178,5 @@ def write_page(record: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _pictures(shown: Sequence[Mapping[str, str]], folder: Path) -> list[html.Picture | None]:
-    return [
-        html.picture(folder / each["file"], each["image"], f"is {each['is']}; said {each['wrong']}") for each in shown
-    ]
+    told = [(each["file"], each["image"], f"is {each['is']}; said {each['wrong']}") for each in shown]
+    return [html.picture(folder / file, image, said) for file, image, said in told]

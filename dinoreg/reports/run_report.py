@@ -73,22 +73,20 @@ NOT_COMPARED = ("out", *COMMAND_ONLY, "data.index_dir")
 OF_LOSSES = ("batch_size", "head.", "crops.", "mask.", "loss.", "distill", "schedule.teacher_temp")
 
 
-def compare_report(
-    loaded: Sequence[Run], out: str | Path | None = None, paired: Sequence[Mapping[str, Any]] = ()
-) -> Path:
+def compare_report(runs: Sequence[Run], out: Path | None = None, paired: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write one page on several runs; returns its path.
 
     out     a file or an existing folder; None: `report.html` in the current one
     paired  their results against one another on the same images, as `comparison.between` gives them
     """
-    names = run_names(loaded)
+    names = run_names(runs)
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path
-    columns, rows = comparison(loaded, names)
-    unlike, reports = differences(loaded), [run.folder / "report.html" for run in loaded]
+    columns, rows = comparison(runs, names)
+    unlike, reports = differences(runs), [run.folder / "report.html" for run in runs]
     content = html.page(
         "reports/templates/compare.html.j2",
-        f"{len(loaded)} runs compared",
+        f"{len(runs)} runs compared",
         lead=", ".join(names),
         names=names,
         columns=columns,
@@ -98,7 +96,7 @@ def compare_report(
         paired_columns=PAIRED,
         paired=paired_rows(paired),
         differences=[(key, *(value or DASH for value in values)) for key, values in unlike.items()],
-        charts=html.charts(overlaid(loaded, names)),
+        charts=html.charts(overlaid(runs, names)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)

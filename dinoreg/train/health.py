@@ -283,10 +283,8 @@ class Health:
         share = -(-RANK_WINDOW // self.ranks.world_size)
         own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
         window = self.ranks.gather_rows(own)
-        features = {
-            "feature_std": spread,
-            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
-        }
+        rank = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
+        features = {"feature_std": spread, "feature_rank": rank}
         marginal, steps = self._marginal, self._steps
         self._clear()
         if not len(marginal):

@@ -54,6 +54,8 @@ MOST_PATCHES = 64  # of an image
 STRUCTURE_IMAGES = 128  # that the DSE is measured on
 
 Reading = Callable[[Tokens, Tensor], Tensor]
+Labels = np.ndarray | None
+Parts = tuple[np.ndarray, np.ndarray] | None
 
 
 class Measured(NamedTuple):
@@ -243,13 +245,7 @@ def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
     return replace(_probe(config, source, found.labels, len(found.class_names), parts), notes=notes)
 
 
-def _probe(
-    config: Config,
-    source: Source,
-    labels: np.ndarray | None = None,
-    num_classes: int = 0,
-    parts: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Probe:
+def _probe(config: Config, source: Source, labels: Labels = None, classes: int = 0, parts: Parts = None) -> Probe:
     """A probe on some images of a source, always the same.
 
     labels  of all images
@@ -264,7 +260,7 @@ def _probe(
     bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
     known = None if labels is None else torch.from_numpy(labels[readable])
     files = ChosenSource(source, np.array(readable, dtype=np.int64))
-    return Probe(images, known, num_classes, config.augment.mean, config.augment.std, bank, source=files)
+    return Probe(images, known, classes, config.augment.mean, config.augment.std, bank, source=files)
 
 
 def scenes_of(spec: str, count: int) -> ScenesSource:

@@ -124,9 +124,7 @@ def histogram(norms: Tensor) -> dict[str, list[Any]]:
     return {"edges": edges.tolist(), "shares": log_histogram(norms, edges).tolist()}
 
 
-def draw_blocks(
-    axes: Axes, found: Mapping[str, Any], cls: Sequence[float], registers: Iterable[Sequence[float]]
-) -> None:
+def draw_blocks(axes: Axes, found: Mapping[str, Any], cls: Sequence[float], registers: Iterable[Any]) -> None:
     """Draw the histogram of patches after every block, a column each, with the class token and each register as lines.
 
     found  as `histogram` gives it

@@ -305,10 +305,7 @@ def _processor(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("do_normalize") is False:
         mean, std = [0.0], [1.0]
     if is_number(scale) and scale > 0 and not math.isclose(scale, _BYTE, rel_tol=1e-4):  # of bytes, not of 0 to 1
-        mean, std = (
-            [x * _BYTE / scale for x in each] if isinstance(each, list) and all(map(is_number, each)) else each
-            for each in (mean, std)
-        )
+        mean, std = ([x * _BYTE / scale for x in each] if _numbers(each) else each for each in (mean, std))
     return _found(
         PROCESSOR,
         {

@@ -38,7 +38,7 @@ SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers":
 
 # Beside the backbone's own tensors: heads, and in DINOv3's files a norm of local crops, periods and the biases' masks.
 _HEAD_KEY = re.compile(
-    r"(dino_head|ibot_head|distill_head|head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
+    r"((dino_|ibot_|distill_)?head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
 )
 
 
