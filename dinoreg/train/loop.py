@@ -22,6 +22,7 @@ import torch
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
+from dinoreg.config.option import flat
 from dinoreg.data.loader import Batch, BatchLoader
 from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
@@ -104,7 +105,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
-            for line in next_lines("trained", after_training(out, config.probe.data, config.data.source)):
+            for line in next_lines("trained", after_training(out, flat(config))):
                 log.say(line)
     return out
 
