@@ -17,7 +17,7 @@ from dinoreg.checkpoint.format import write_weights
 from dinoreg.config.load import BUDGETS, Config, load_config, require_complete, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
-from dinoreg.config.view_settings import PRESETS, CropSettings
+from dinoreg.config.view_settings import PRESETS
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
@@ -39,7 +39,7 @@ from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.probes import build_dense, build_general, build_probe, class_tokens_of_all, write_probed
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, model_arguments
-from dinoreg.train.tutor import as_cut, load_tutor
+from dinoreg.train.tutor import load_tutor, views_of
 from dinoreg.weights.load import load_into
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
@@ -127,20 +127,20 @@ class Setup:
         return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
 
     @cached_property
-    def stages(self) -> dict[int, CropSettings]:
-        """{first step: crops, as they are cut} of the stages of the run, in order."""
+    def stages(self) -> dict[int, Views]:
+        """{first step: what is made of an image} of the stages of the run, in order."""
         stages, patch_size = self.config.stages(self.num_steps), self.student.backbone.patch_size
-        return {first: as_cut(self.tutor, crops, patch_size)[0] for first, crops in stages.items()}
+        return {first: views_of(self.config, crops, patch_size, self.tutor) for first, crops in stages.items()}
 
-    def stage_of(self, step: int) -> tuple[CropSettings, int]:
-        """The crops of the stage that `step` is in, and the step with which it ends."""
+    def stage_of(self, step: int) -> tuple[Views, int]:
+        """What is made of an image in the stage that `step` is in, and the step with which it ends."""
         last = max(first for first in self.stages if first <= step)
         return self.stages[last], min((first for first in self.stages if first > step), default=self.num_steps)
 
     def _stages_in_words(self) -> list[str]:
         """A line on the stages of the run, or [] where it has one."""
         ends = [*self.stages][1:]
-        words = [f"{crops.global_size} and {crops.local_size} px" for crops in self.stages.values()]
+        words = [f"{views.crops.global_size} and {views.crops.local_size} px" for views in self.stages.values()]
         parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
         return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
 
@@ -183,13 +183,9 @@ class Setup:
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
         config = self.config
-        crops, _ = self.stage_of(state.step)
-        _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        looks = crops, config.augment, config.mask
-        views = Views(*looks, patch_size, config.model.in_channels, config.loss.anchor_size)
         loader = BatchLoader(
             self.source,
-            views,
+            self.stage_of(state.step)[0],
             config.data,
             deep=self.deep,
             batch_size=config.batch_size,
