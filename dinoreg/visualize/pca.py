@@ -177,9 +177,9 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     if has_foreground != with_foreground:
         fitted = str(has_foreground).lower()
         raise UserError(f"basis={path}: was fitted with foreground={fitted}; use the same, or another file")
-    found = [tensors[key] for key in shapes]
-    split = Foreground(*found[4:]) if has_foreground else None
-    return PatchBasis(*found[:4]), split, stated.get("fitted_on", "")
+    values = [tensors[key] for key in shapes]
+    split = Foreground(*values[4:]) if has_foreground else None
+    return PatchBasis(*values[:4]), split, stated.get("fitted_on", "")
 
 
 # ------------------------------------------------------------------------------------------------------------
