@@ -270,7 +270,7 @@ def test_a_start_that_cannot_be_read_is_refused_before_anything_is_written(
     assert main(["pretrain", "quickstart", f"init={tmp_path / 'nowhere'}", *options]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main(["pretrain", "quickstart", "loss.anchor_weight=1", *options]) == 2
-    assert "loss.anchor_weight=1.0: expected 0 without init=" in capsys.readouterr().err
+    assert "loss.anchor_weight=1: expected 0 without init=" in capsys.readouterr().err
     assert not out.exists()
 
 
