@@ -68,9 +68,9 @@ def _with_register(source: Source, images: str) -> Source:
     limit, before, *_ = find(norms)
     changed, _ = fit(encoder, pictures, norms)
     left = float((patch_norms(changed, pictures)[-1] > limit.value).double().mean())
-    found = f"of {norms[-1].numel():,} patches {before.share:.3%} were outliers, {left:.3%} are left"
+    found = f"{before.share:.3%} of {norms[-1].numel():,} patches were outliers, {left:.3%} are left"
     if left > CLEANED * before.share:
         raise RunError(f"registers=test_time: {found}, with the best of up to 100 register neurons; nothing written")
     name = pictures.source if is_scenes(images) else os.path.basename(os.path.abspath(images))
-    seen = f"in {len(pictures.images):,} images ({name}) {found}"
+    seen = f"In {len(pictures.images):,} images ({name}) {found}"
     return replace(source, model=changed.module.cpu(), origin=source.origin | {"test_time": seen})
