@@ -132,7 +132,7 @@ def test_strangers_read_what_the_hooked_model_computes(
     assert_same_tokens(hooked, asked, answers, 1e-4 if format == "onnx" else 1e-5)
     said = "In 24 images (images) 14.062% of 1,536 patches were outliers, 0.000% are left"
     assert read_certificate(out)["source"]["test_time"] == said
-    assert "1 hidden\nunit gives its largest" in (card := (out / "README.md").read_text())
+    assert "in an image goes of 1\nhidden unit," in (card := (out / "README.md").read_text())
     assert "1,536 patches" in card
     if format != "onnx":
         assert open_native(str(out), "cpu").model.register_neurons == [[BLOCK, UNIT]]

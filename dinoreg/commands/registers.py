@@ -100,7 +100,6 @@ def _report(options: RegistersOptions) -> RegisterReport:
             print_status(f"{encoder.name}: looking for register neurons")
             changed, first.record["test_time"] = fit(encoder, pictures, first.norms)
             measured.append(_measure(changed, pictures, options.seed))
-            measured[-1].record["added"] = True
     shown = to_unit(pictures.images[:SHOWN])
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)

@@ -110,6 +110,7 @@ def measure(
         **inspection.token_content(present, onset),
         "discovery": inspection.discovery(pictures.boxes) if pictures.boxes is not None else None,
         "test_time": None,
+        "added": bool(encoder.module.register_neurons),
         "seconds": time.monotonic() - started,
     }
     return Measured(record, norms, outliers, attention)
