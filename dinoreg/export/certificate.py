@@ -184,8 +184,7 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     differs = f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes differ"
     # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
-    moved = copy.copy(source)
-    moved.model = resized(model, square)
+    moved = source.of(resized(model, square))
     made = scratch / "second_size"
     made.mkdir()
     form.write(made, moved)

@@ -5,6 +5,9 @@ the library wherever it takes such pictures, else numpy and Pillow by the number
 have one code for it, so that a card is right or is not written.
 """
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ class Source:
     given       what the caller named, without the folders above it, which are private
     path        the weight file, None for random weights
     run         the run folder it came out of, if it did
-    origin      "step" and "config_hash" of the run, as far as the JSON beside the weights says them
+    origin      "step" and "config_hash" of the run, and what a "test_time" register did, as the JSON beside the
+                weights says them
     size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
@@ -59,9 +63,15 @@ class Source:
         if size is not None:
             self.preprocessing = self.preprocessing.at(checked_size(size, self.model.patch_size))
             self.model = resized(self.model, self.preprocessing.size)
-        kinds = {"step": int, "config_hash": str}
+        kinds = {"step": int, "config_hash": str, "test_time": str}
         self.origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
         self.model.requires_grad_(False)
+
+    def of(self, model: RegisterViT, **origin: Any) -> Source:
+        """The same with another model, and more to say of its origin."""
+        other = copy.copy(self)
+        other.model, other.origin = model, self.origin | origin
+        return other
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
