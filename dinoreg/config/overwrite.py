@@ -48,6 +48,7 @@ def check_out(config: Config, out: Path) -> None:
     elif not out.is_dir() or all(_matches(path, _BEFORE_A_RUN) for path in out.iterdir()):
         return
     elif not config.resume:
+        refuse_live(out)  # before advice that deletes or goes on
         raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
     elif not (out / "config.yaml").is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
@@ -71,9 +72,7 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
         return
     if host == socket.gethostname():
         if pid != os.getpid() and owner.get("started") is not None and is_alive(pid, owner["started"]):
-            raise UserError(
-                f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
-            )
+            raise UserError(f"out={out}: its run is at work (process {pid}); end it, as kill {pid} does{_TAKEOVER}")
     elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
         try:
             silent = time.time() - (out / "metrics.jsonl").stat().st_mtime

@@ -21,7 +21,6 @@ BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
-CONSTANT_ONLY = "0 unless schedule.shape=constant"
 SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
@@ -82,6 +81,7 @@ class LossConfig(Options, section="loss"):
     gram_size: int | None = option(
         None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
     )
+    paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -107,6 +107,7 @@ class LossConfig(Options, section="loss"):
             "diet": self.diet_weight,
             "anchor": self.anchor_weight,
             "gram": self.gram_weight,
+            "paka": self.paka_weight,
         }
 
     @property
@@ -114,10 +115,10 @@ class LossConfig(Options, section="loss"):
         """Whether a loss holds the student to a network that does not learn."""
         return self.anchor_weight + self.gram_weight > 0
 
-    @property
-    def anchor_size(self) -> int | None:
-        """Pixels a side of crops that are cut for the network held to; None: it sees those of the student."""
-        return self.gram_size if self.gram_weight > 0 else None
+    def clean_size(self, global_size: int) -> int | None:
+        """Pixels a side at which global crops of `global_size` are cut once more, undistorted; None: they are not."""
+        gram_size = self.gram_size if self.gram_weight > 0 else None
+        return gram_size or (global_size if self.paka_weight > 0 else None)
 
     @property
     def distils(self) -> bool:
@@ -159,19 +160,14 @@ class ScheduleConfig(Options, section="schedule"):
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
     gram_start: float = fraction(0.5, "fraction of the run after which loss.gram_weight holds to the teacher of then")
     gram_every: float | None = option(None, "fraction after which to a newer one; none: never", above=0, high=1)
-    shape: str = option(
-        "cosine",
-        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
-        choices=SHAPES,
-    )
+    shape: str = option("cosine", "constant: rate, decay and momentum stay; a run may be extended", choices=SHAPES)
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
-    horizon: int | None = option(
-        None, "steps that fractions of the run are of; none: its length, if constant that of its first start", low=1
-    )
+    horizon: int | None = option(None, "steps that fractions are of; none: all; constant: of the first start", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, CONSTANT_ONLY)
+        constant = "0 unless schedule.shape=constant"
+        check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, constant)
 
 
 @dataclass(frozen=True)
@@ -197,8 +193,7 @@ def is_value_range(numbers: Sequence[float]) -> bool:
     return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
 
 
-RANGE_WORDS = "LOW,HIGH with LOW below HIGH, once or for each channel"
-VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": RANGE_WORDS}
+VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": "LOW,HIGH, LOW below HIGH, once or for each channel"}
 
 
 @dataclass(frozen=True)
@@ -207,11 +202,7 @@ class DataConfig(Options, section="data"):
 
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
-    range: list[float] | None = option(
-        None,
-        "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type",
-        **VALUE_RANGE,
-    )
+    range: list[float] | None = option(None, "LOW,HIGH: values of black, white; none: by the type", **VALUE_RANGE)
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
@@ -220,9 +211,7 @@ class DataConfig(Options, section="data"):
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
-    reference_decode: bool = option(
-        False, "train on Pillow's convert(RGB) of whole files: EXIF orientation and alpha ignored, 16 bits cut to 8"
-    )
+    reference_decode: bool = option(False, "Pillow's convert(RGB): EXIF turns and alpha ignored, 16 bits cut to 8")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,9 +224,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(
-        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
-    )
+    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
@@ -274,9 +261,7 @@ class ProbeConfig(Options, section="probe"):
     """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
-    data: str | None = option(
-        None, "labelled images: a folder of classes or of train/, val/ with classes, a table, scenes; none: rank only"
-    )
+    data: str | None = option(None, "labelled: folder of classes or of train/, val/, a table, scenes; none: rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
@@ -310,11 +295,7 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option(
-        "auto",
-        "auto: bf16 where the hardware has it; tf32: fp32 whose products are rounded, on CUDA",
-        choices=(*PRECISIONS, "tf32"),
-    )
+    precision: str = option("auto", "auto: bf16 where hardware has it; tf32: on CUDA", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)
@@ -346,9 +327,11 @@ class Config(Options):
             raise UserError("resume and overwrite: give one of the two")
         if self.distill is not None:
             without = "0 with distill=, whose network says what features should be"
-            for key in ("anchor_weight", "gram_weight", "diet_weight"):
+            for key in ("anchor_weight", "gram_weight", "paka_weight", "diet_weight"):
                 check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
             check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
+        without = "0 without local crops (crops.num_local=0)"
+        check(self.crops.num_local > 0 or not self.loss.paka_weight, "loss.paka_weight", self.loss.paka_weight, without)
         if self.init is not None and not self.loss.distils:
             check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)

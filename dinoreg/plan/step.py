@@ -18,16 +18,7 @@ NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher
 
 def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtype) -> None:
     """Take one training step on a batch, as a run of this config would; `dtype` is that of autocast."""
-    train_step(
-        state,
-        batch,
-        NOW,
-        loss=config.loss,
-        dtype=dtype,
-        clip_grad=config.optim.clip_grad,
-        accumulate=config.optim.accumulate,
-        seed=0,
-    )
+    train_step(state, batch, NOW, loss=config.loss, optim=config.optim, dtype=dtype, seed=0)
 
 
 def random_batch(config: Config, patch_size: int, device: torch.device, tutor: Tutor | None = None) -> Batch:
@@ -55,9 +46,8 @@ def masked_batch(
     weights  (M,)           of the masked patches, see `Batch`
     hidden   (2B,) int64    masked patches of each crop
     """
-    count = config.batch_size
-
-    anchor_size = config.loss.anchor_size
+    count, clean_size = config.batch_size, config.loss.clean_size(crops.global_size)
+    related = config.loss.paka_weight > 0
 
     def pixels(rows: int, size: int) -> Tensor:
         return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)
@@ -72,5 +62,6 @@ def masked_batch(
         sample_ids=np.arange(count),
         position=count,
         data_time=0.0,
-        anchor_crops=pixels(2 * count, anchor_size) if anchor_size else None,
+        clean_crops=pixels(2 * count, clean_size) if clean_size else None,
+        places=torch.eye(2, 3, device=mask.device).repeat(2, crops.num_local, count, 1, 1) if related else None,
     )

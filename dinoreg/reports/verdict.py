@@ -47,8 +47,7 @@ def verdict(run: Run) -> Verdict:
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    config = flatten(run.config)
-    values = after_training(run.folder, config.get("probe.data"), config.get("data.source", config.get("data")))
+    values = after_training(run.folder, flatten(run.config))
     commands = f"Next: {'; '.join(next_commands('trained', values))}"
     if probed := [line for line in run.probe if is_number(line.get("knn_top1"))]:
         return judge_inside(probed[-1], commands, health(run))
@@ -148,9 +147,8 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
     rows = []
     for each in paired:
-        ours, theirs = (
-            f"{each[key]} {score(value, each['unit'])}" for key, value in zip(("model", "other"), each["values"])
-        )
+        pairs = zip((each["model"], each["other"]), each["values"])
+        ours, theirs = (f"{name} {score(value, each['unit'])}" for name, value in pairs)
         measure, said = f"{each['protocol']}, {each['metric']}", in_words(each, each["unit"], each["n_test"])
         rows.append([str(each["dataset"]), measure, ours, said, theirs])
     return rows

@@ -25,6 +25,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
 
+Images = str | Sequence[str] | None  # as `open_images` takes them; None: the data that the run was trained on
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
 MAX_SIZE = 672  # pixels a side to which they are enlarged at most
@@ -131,9 +132,7 @@ def view_size(side: int, patch_size: int) -> int:
     return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
 
 
-def read_pictures(
-    subject: Opened, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
-) -> Pictures:
+def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int]) -> Pictures:
     """Evenly spaced images of a source, normalised for the model.
 
     spec    as for `open_images`; None: the data that the run was trained on
