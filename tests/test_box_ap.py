@@ -21,15 +21,18 @@ from dinoreg.evaluation.dense.pictures import draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.metrics.bootstrap import nanmean
 from dinoreg.evaluation.metrics.box_ap import (
+    MISSING,
     Detections,
     Truth,
+    areas,
     average_precision,
+    check_boxes,
     coco_matches,
+    overlaps,
     score,
     voc_matches,
     whole_images,
 )
-from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.runtime.errors import UserError

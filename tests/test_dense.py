@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.dense import windows as dense
-from dinoreg.evaluation.dense.segmentation_head import photometric_distortion, scale_saturation, turn_hue
 from dinoreg.evaluation.dense.windows import (
     Windows,
     bilinear_matrix,
@@ -28,6 +27,7 @@ from dinoreg.evaluation.dense.windows import (
     window_starts,
 )
 from dinoreg.evaluation.features.cache import require_finite
+from dinoreg.evaluation.protocols.segmentation import photometric_distortion, scale_saturation, turn_hue
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 

@@ -21,10 +21,9 @@ from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.dense import depth_images
-from dinoreg.evaluation.dense.depth_head import DepthHead, DepthHeads, head_blocks
 from dinoreg.evaluation.dense.depth_images import crop_size, read_pair, seen_size, training_crop
 from dinoreg.evaluation.options import DepthOptions, EvalOptions
-from dinoreg.evaluation.protocols.depth import evaluate
+from dinoreg.evaluation.protocols.depth import DepthHead, DepthHeads, evaluate, head_blocks
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.errors import RunError, UserError

@@ -15,7 +15,6 @@ from torchvision.ops import box_iou, generalized_box_iou
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.dense import box_probe
 from dinoreg.evaluation.dense.box_head import (
     BACKGROUND,
     IGNORED,
@@ -29,10 +28,10 @@ from dinoreg.evaluation.dense.box_head import (
     centres,
     detect,
 )
-from dinoreg.evaluation.dense.box_probe import BoxProbe, Prepared, prepare, typical_reach
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
-from dinoreg.evaluation.protocols.detection import evaluate
+from dinoreg.evaluation.protocols import detection
+from dinoreg.evaluation.protocols.detection import BoxProbe, Prepared, evaluate, prepare, typical_reach
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
@@ -329,17 +328,17 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
     train, test = coloured(10, seed=1), coloured(4, seed=2)
     unbroken = run(train, test, tmp_path / "a", steps=8, batch_size=4)
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
-    cosine = box_probe.cosine
+    cosine = detection.cosine
 
     def stops(step: int, steps: int, warmup: int = 0) -> float:
         if step == 5:
             raise KeyboardInterrupt
         return cosine(step, steps, warmup)
 
-    monkeypatch.setattr(box_probe, "cosine", stops)
+    monkeypatch.setattr(detection, "cosine", stops)
     with pytest.raises(KeyboardInterrupt):
         run(train, test, tmp_path / "b", steps=8, batch_size=4)
-    monkeypatch.setattr(box_probe, "cosine", cosine)
+    monkeypatch.setattr(detection, "cosine", cosine)
     resumed = run(train, test, tmp_path / "b", steps=8, batch_size=4)
     for one, other in zip(unbroken, resumed, strict=True):
         assert dataclasses.replace(one, hours=0) == dataclasses.replace(other, hours=0)

@@ -25,10 +25,9 @@ from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task
-from dinoreg.evaluation.comparison import compared
+from dinoreg.evaluation.comparison import compared, doubts
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.doubts import doubts
 from dinoreg.evaluation.features.images import read_picture, size_of
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinoreg.evaluation.custom.pairs import training_length
-from dinoreg.evaluation.custom.upright import Pairs, survey, turned
+from dinoreg.evaluation.custom.pairs import Pairs, survey, training_length, turned
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels

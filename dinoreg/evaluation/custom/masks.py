@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.data.labelled import read_classes
-from dinoreg.evaluation.custom.pairs import training_length
-from dinoreg.evaluation.custom.upright import Pairs, Survey, survey, turned
+from dinoreg.evaluation.custom.pairs import Pairs, Survey, survey, training_length, turned
 from dinoreg.evaluation.data import IGNORED, Data, Segmented
 from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels

@@ -22,7 +22,7 @@ from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, shown, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
+from dinoreg.evaluation.metrics.box_ap import MISSING, areas, check_boxes, overlaps
 from dinoreg.evaluation.options import DiscoveryOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
