@@ -26,7 +26,6 @@ from dinoreg.evaluation.metrics.box_ap import (
     Truth,
     areas,
     average_precision,
-    check_boxes,
     coco_matches,
     overlaps,
     score,
@@ -333,9 +332,8 @@ def test_boxes_that_cannot_be_are_named(change: dict, message: str) -> None:
         "crowd": [np.array([False])],
     }
     parts |= change
-    split = Boxed(ScenesSource(1, 8), num_classes=2, **parts)
     with pytest.raises(UserError, match=message):
-        check_boxes(split, "test")
+        Boxed(ScenesSource(1, 8), num_classes=2, **parts)
 
 
 def test_a_split_without_boxes_is_named(tmp_path: Path) -> None:

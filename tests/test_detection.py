@@ -344,7 +344,7 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
         assert dataclasses.replace(one, hours=0) == dataclasses.replace(other, hours=0)
 
 
-def test_images_without_objects_and_crowds_are_learnt_from_without_harm(tmp_path: Path) -> None:
+def test_images_without_objects_and_crowds_are_mean_count_without_harm(tmp_path: Path) -> None:
     train, test = coloured(6, seed=1), coloured(4, seed=2)
     boxes, labels = list(train.boxes), list(train.labels)
     boxes[0], labels[0] = boxes[0][:0], labels[0][:0]

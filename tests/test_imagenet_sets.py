@@ -14,9 +14,8 @@ from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions
-from dinoreg.evaluation.protocols import knn, linear
-from dinoreg.evaluation.protocols.classification import class_tokens, corruption_rows
-from dinoreg.evaluation.protocols.knn import RESIZE
+from dinoreg.evaluation.protocols import classification, linear
+from dinoreg.evaluation.protocols.classification import RESIZE, class_tokens, corruption_rows
 from dinoreg.evaluation.protocols.measurement import Measurement
 from tests.miniatures import imagenet1k, imagenet_c
 from tests.miniatures.pictures import pattern, save
@@ -113,7 +112,7 @@ def test_an_answer_is_the_largest_logit_of_the_classes_that_there_are(tmp_path: 
         grid.start(features.shape[2])
         for kind in grid.maps:
             torch.nn.init.normal_(grid.maps[kind].weight, generator=torch.Generator().manual_seed(3))
-        _, said[split.among is None] = grid.scores(features, test.labels, "top-1")
+        _, said[split.among is None], _ = grid.scores(features, test.labels, "top-1")
     with torch.no_grad():
         logits = grid.logits(torch.from_numpy(np.array(features)))
     for kind, each in logits.items():
@@ -129,7 +128,7 @@ def test_only_training_images_of_the_classes_that_there_are_vote(tmp_path: Path)
     write("imagenet_a", tmp_path, per_class=8)
     data = read("imagenet_a", tmp_path)
     found = measured("imagenet_a", data, tmp_path)
-    row = knn.evaluate(found)[0]
+    row = classification.knn(found)[0]
     bank, queries = (
         class_tokens(found, data.splits[split].source, split, resize=RESIZE) for split in ("train", "test")
     )

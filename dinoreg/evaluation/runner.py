@@ -6,8 +6,8 @@ protocol, encoder) is saved at once, so that an interrupted evaluation resumes.
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
+import pkgutil
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelE
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task
 from dinoreg.evaluation.comparison import compared, doubts
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.images import read_picture, size_of
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_with_truth
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -145,15 +145,7 @@ def _sample(benchmark: Benchmark, data: Data, own: bool) -> None:
         if split.source.as_trained != own:
             continue
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
-            place = split.image(index)
-            height, width = size_of(read_picture(split.source, place))
-            if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
-                raise UserError(f"{split.source.name(place)}: a box is not finite")
-            for name_of_map, what in split.PIXELS:
-                rows, columns = getattr(split, name_of_map)(index).shape[:2]
-                if (rows, columns) != (height, width):
-                    sizes = f"its {what} is {rows}x{columns}, the image {height}x{width}"
-                    raise UserError(f"{split.source.name(place)}: {sizes}")
+            read_with_truth(split, index)
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
@@ -267,10 +259,10 @@ class _Evaluation:
             if finished.get("key") == self.key:
                 found[task.protocol] = [Row.from_dict(row) for row in finished["rows"]]
                 continue
-            module = importlib.import_module(PROTOCOLS[task.protocol][0])
+            evaluate = pkgutil.resolve_name(PROTOCOLS[task.protocol][0])
             options = _effective(self.request, task, data, self.image_size)
             try:
-                rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
+                rows = evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
                 raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
             tested = _tested(self.plan, task, data, self.request)

@@ -23,33 +23,8 @@ from torch import Tensor
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.metrics.average_precision import Curve
 from dinoreg.evaluation.metrics.bootstrap import nanmean
-from dinoreg.runtime.errors import UserError
 
 MISSING = "the {name} split is missing, or its images have no boxes"
-
-
-def check_boxes(split: Boxed, name: str) -> None:
-    """UserError where the boxes, labels, flags or areas of a split are out of shape or range.
-
-    name  of the split, for messages
-    """
-    count = len(split)
-    columns: dict[str, Sequence[np.ndarray]] = {"boxes": split.boxes, "labels": split.labels}
-    columns |= {"difficult flags": split.difficult, "crowd flags": split.crowd}
-    if split.area is not None:
-        columns["areas"] = split.area
-    for what, values in columns.items():
-        if len(values) != count:
-            raise UserError(f"the {name} split: {count} images came with {what} of {len(values)}")
-    for index in range(count):
-        boxes, labels = np.asarray(split.boxes[index]), np.asarray(split.labels[index])
-        where = split.source.name(index)
-        if boxes.shape != (len(labels), 4) or any(len(values[index]) != len(labels) for values in columns.values()):
-            raise UserError(f"{where}: boxes of shape {boxes.shape} came with {len(labels)} labels, expected (k, 4)")
-        if len(labels) and (labels.min() < 0 or labels.max() >= split.num_classes):
-            raise UserError(f"{where}: a box has a label out of range, expected 0..{split.num_classes - 1}")
-        if not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
-            raise UserError(f"{where}: a box is not finite or ends before it starts, expected x0, y0, x1, y1")
 
 
 def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:

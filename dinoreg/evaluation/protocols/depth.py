@@ -21,7 +21,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import CROP, as_seen, crop_size, example, read_pair, training_crop
-from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_batches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
@@ -135,8 +135,8 @@ class DepthHeads:
             image, metres = read_pair(train, index)
             return training_crop(as_seen(image, options.max_size, options.min_size), metres, size, border, rng)
 
-        def losses(step: int) -> Mapping[str, Tensor]:
-            indices, crops = zip(*stream(step))
+        def losses(step: int, batch: list[tuple[int, tuple[np.ndarray, np.ndarray]]]) -> Mapping[str, Tensor]:
+            indices, crops = zip(*batch)
             images = torch.from_numpy(np.stack([pixels for pixels, _ in crops])).permute(0, 3, 1, 2).to(device)
             depth = torch.from_numpy(np.stack([metres for _, metres in crops])).to(device)
             # In the loss the largest depth counts, in the scores it does not: both as DINOv2 has it.
@@ -154,9 +154,9 @@ class DepthHeads:
             names[key]: torch.optim.AdamW(head.parameters(), lr=key[1], weight_decay=options.weight_decay)
             for key, head in self.heads.items()
         }
-        with training_stream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as stream:
-            running = (options.steps, factor, context, "depth", CLIP_GRAD)
-            ended = train_heads(heads, optimizers, losses, *running, shorter="depth.steps")
+        batches = training_batches(load, len(train), options.batch_size, options.steps, context)
+        running = (options.steps, factor, context, "depth", CLIP_GRAD)
+        ended = train_heads(heads, optimizers, batches, losses, *running, shorter="depth.steps")
         return {key: ended[name] for key, name in names.items()}
 
     @torch.no_grad()

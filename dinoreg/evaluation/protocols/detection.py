@@ -20,11 +20,11 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, assign, box_loss, centres, detect
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
-from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad_to_patches, training_stream
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad_to_patches, training_batches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, resized, shown, size_of, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Truth, areas, check_boxes, score, whole_images
+from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Truth, areas, score, whole_images
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
 from dinoreg.evaluation.result import Row
@@ -51,8 +51,6 @@ def evaluate(measured: Measurement) -> list[Row]:
     if metric not in RULES.get(rule, ()):
         raise UserError(f"metric {metric!r} with rule {rule!r}: detection has AP50 of VOC, AP and AP50 of COCO")
     train, test, val = measured.splits(Boxed, MISSING)
-    check_boxes(train, "train")
-    check_boxes(test, "test")
     names = measured.data.names(test.num_classes)
     all_test = np.arange(len(test))
     truth = Truth.of(test, all_test)
@@ -105,7 +103,6 @@ def _held_out(
     if len(settings.lrs) == 1:
         return everything, None, ""
     if val is not None:
-        check_boxes(val, "val")
         return everything, (val, np.arange(len(val))), OFFICIAL
     if len(train) < 2:
         raise UserError("detection.lrs: to choose one of several rates, at least 2 training images are expected")
@@ -204,9 +201,9 @@ class BoxProbe:
         def load(position: int, rng: np.random.Generator) -> Prepared:
             return prepare(split, int(indices[position]), encoder, settings, bool(rng.random() < 0.5))
 
-        def losses(step: int) -> dict[str, Tensor]:
+        def losses(_step: int, batch: list[tuple[int, Prepared]]) -> dict[str, Tensor]:
             tokens, labels, reach = [], [], []
-            for each, patches in self._tokens((image for _, image in stream(step)), settings.batch_size, split):
+            for each, patches in self._tokens((image for _, image in batch), settings.batch_size, split):
                 assert each.targets is not None
                 counted = each.targets.labels != IGNORED
                 tokens.append(patches[counted.to(patches.device)])
@@ -219,17 +216,16 @@ class BoxProbe:
             return {key: box_loss(head(x), targets) for key, head in heads.items()}
 
         factor = partial(cosine, steps=steps, warmup=min(settings.warmup_steps, steps // 10))
-        with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
-            first = [image for _, image in stream(0)[:count]]
-            ((_, patches),) = self._tokens(first[:1], 1, split)
-            start = typical_reach(each.targets for each in first if each.targets is not None)
-            for rate in settings.lrs:
-                head = LinearBoxHead(patches.shape[1], split.num_classes, start, context.seed).to(encoder.device)
-                decay = settings.weight_decay
-                heads[repr(rate)] = head
-                optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)
-            running = (steps, factor, context, "detection")
-            ended = train_heads(heads, optimizers, losses, *running, shorter="detection.steps")
+        batches = training_batches(load, count, settings.batch_size, steps, context)
+        first = [image for _, image in next(batches(0))[:count]]
+        ((_, patches),) = self._tokens(first[:1], 1, split)
+        start = typical_reach(each.targets for each in first if each.targets is not None)
+        for rate in settings.lrs:
+            head = LinearBoxHead(patches.shape[1], split.num_classes, start, context.seed).to(encoder.device)
+            heads[repr(rate)] = head
+            optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), rate, weight_decay=settings.weight_decay)
+        running = (steps, factor, context, "detection")
+        ended = train_heads(heads, optimizers, batches, losses, *running, shorter="detection.steps")
         finite = {key: value for key, value in ended.items() if math.isfinite(value)}
         return {key: heads[key] for key in finite}, finite
 

@@ -22,7 +22,7 @@ from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, shown, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.box_ap import MISSING, areas, check_boxes, overlaps
+from dinoreg.evaluation.metrics.box_ap import MISSING, areas, overlaps
 from dinoreg.evaluation.options import DiscoveryOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
@@ -41,7 +41,6 @@ def evaluate(measured: Measurement) -> list[Row]:
     measured.check_metric("object discovery", ("CorLoc",))
     settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
     test = measured.split("test", Boxed, MISSING)
-    check_boxes(test, "test")
     # An encoder of one block (raw pixels) has no others to sweep.
     numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
     distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))

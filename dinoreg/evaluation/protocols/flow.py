@@ -163,19 +163,18 @@ class Matching:
         optimizer = torch.optim.AdamW(projection.parameters(), lr=settings.lr, weight_decay=0.0)
         train = [splits["train"] for splits in self.passes.values()]
         pairs = [(each, index) for each in train for index in range(len(each))]
-        ahead: Iterator[list[Loaded]] | None = None
 
         def batch(step: int) -> list[Loaded]:
             size = min(settings.batch_size, len(pairs))
             picked = generator(seed, step).choice(len(pairs), size=size, replace=False)
             return [self._load(*pairs[each]) for each in picked]
 
-        def losses(step: int) -> dict[str, Tensor]:
-            nonlocal ahead
-            if ahead is None:  # a resumed training does not begin at step 0
-                ahead = parallel(batch, range(step, settings.steps), self.context.workers)
+        def batches(first: int) -> Iterator[list[Loaded]]:
+            return parallel(batch, range(first, settings.steps), self.context.workers)
+
+        def losses(_step: int, batch: list[Loaded]) -> dict[str, Tensor]:
             total, count = torch.zeros((), device=self.device), 0
-            for loaded in next(ahead):
+            for loaded in batch:
                 predicted, known = self._predict(projection, loaded)
                 difference = predicted[known.valid] - known.flow[known.valid]
                 total = total + (difference.square().sum(dim=-1) + ROUNDING**2).sqrt().sum()
@@ -184,7 +183,8 @@ class Matching:
 
         factor = partial(cosine, steps=settings.steps, warmup=settings.steps // 20)
         heads, optimizers = {"linear": projection}, {"linear": optimizer}
-        train_heads(heads, optimizers, losses, settings.steps, factor, self.context, "flow_linear", depends_on=self.key)
+        running = (settings.steps, factor, self.context, "flow_linear")
+        train_heads(heads, optimizers, batches, losses, *running, depends_on=self.key)
         return projection
 
     @torch.no_grad()

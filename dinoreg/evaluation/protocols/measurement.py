@@ -128,11 +128,6 @@ class Measurement:
         return Row(value=value, low=interval.low, high=interval.high, replicates=replicates, **(shared | fields))
 
 
-def learnt_from(counts: Sequence[int]) -> int:
-    """Images that are learnt from, given their number in each fold: the mean."""
-    return round(sum(counts) / len(counts))
-
-
 def per_fold(values: Sequence[T]) -> T | list[T]:
     """What was chosen, as settings hold it: of a single training by itself, of several folds in a list."""
     return values[0] if len(values) == 1 else list(values)

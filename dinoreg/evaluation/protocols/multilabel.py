@@ -16,7 +16,7 @@ from dinoreg.evaluation.data import MultiLabelled
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions, equal_features
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, learnt_from, per_fold
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
@@ -50,7 +50,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         test,
         names,
         chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if folds[0].val is None else OFFICIAL,
-        n_train=learnt_from([each.images for each in fits]),
+        n_train=round(np.mean([each.images for each in fits])),
         n_test=len(test),
         settings={
             "C": dict(zip(names, (per_fold(each) for each in zip(*(fit.C.tolist() for fit in fits))))),

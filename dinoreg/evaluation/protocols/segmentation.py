@@ -25,18 +25,9 @@ from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.pictures import panel, triptych
-from dinoreg.evaluation.dense.windows import (
-    Windows,
-    centre_padding,
-    crop_origin,
-    fit_size,
-    pad_to,
-    patch_grid,
-    training_stream,
-    upsampling,
-)
+from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_batches, upsampling
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import Picture, read_picture, resized, size_of, stack_images, to_array
+from dinoreg.evaluation.features.images import Picture, read_with_truth, resized, size_of, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
@@ -45,7 +36,11 @@ from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import linear, train_heads
 from dinoreg.runtime.errors import UserError
 
-SHORTER = "segmentation.steps"
+SCALES = (0.5, 2.0)  # of training images, times the short side
+LONGEST = 4  # long side at most, in short sides
+MOST_OF_ONE_CLASS = 0.75  # of a training crop
+INIT_STD = 0.01  # of the convolution's weights
+CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
 
 
@@ -226,8 +221,8 @@ class LinearProbe(Segmenter):
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return training_crop(*read_pair(split, index), size, fill, rng)
 
-        def losses(step: int) -> dict[str, Tensor]:
-            indices, crops = zip(*stream(step))
+        def losses(_step: int, batch: list[tuple[int, tuple[np.ndarray, np.ndarray]]]) -> dict[str, Tensor]:
+            indices, crops = zip(*batch)
             images = stack_images([pixels for pixels, _ in crops])
             labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(encoder.device).long()
             tokens = patch_grid(encoder, images, self.batch_size)
@@ -235,9 +230,9 @@ class LinearProbe(Segmenter):
             return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
         factor = partial(linear, steps=steps, warmup=warmup(settings))
-        with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
-            ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation", shorter=SHORTER)
-        return heads, ended
+        batches = training_batches(load, len(split), settings.batch_size, steps, context)
+        running = (steps, factor, context, "segmentation")
+        return heads, train_heads(heads, optimizers, batches, losses, *running, shorter="segmentation.steps")
 
     def described(self, key: str) -> dict[str, object]:
         """The settings of one head, for its row."""
@@ -256,12 +251,6 @@ class LinearProbe(Segmenter):
             "augmentation": f"scale, crop, horizontal flip, {distortion(self.encoder.in_channels)}",
             "test": f"short side {settings.size}, sliding window, one scale, no flip",
         }
-
-
-SCALES = (0.5, 2.0)  # of training images, times the short side
-LONGEST = 4  # long side at most, in short sides
-MOST_OF_ONE_CLASS = 0.75  # of a training crop
-INIT_STD = 0.01  # of the convolution's weights
 
 
 class LinearHead(nn.Module):
@@ -309,13 +298,11 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
 
 def read_pair(split: Segmented, index: int) -> tuple[Picture, np.ndarray]:
     """An image and its mask (H, W) uint8; UserError when one is unreadable, sizes differ or a class is out of range."""
-    image, mask, name = read_picture(split.source, index), split.mask(index), split.source.name(index)
-    height, width = size_of(image)
-    if mask.shape != (height, width):
-        raise UserError(f"{name}: its mask is {' x '.join(map(str, mask.shape))} pixels, the image {height} x {width}")
+    image, (mask,) = read_with_truth(split, index)
     wrong = mask[(mask != IGNORED) & (mask >= split.num_classes)]
     if wrong.size:
-        raise UserError(f"{name}: its mask has class {wrong[0]}, expected 0..{split.num_classes - 1} or {IGNORED}")
+        expected = f"expected 0..{split.num_classes - 1} or {IGNORED}"
+        raise UserError(f"{split.source.name(index)}: its mask has class {wrong[0]}, {expected}")
     return image, mask.astype(np.uint8, copy=False)
 
 
@@ -338,6 +325,39 @@ def training_crop(
     if rng.random() < 0.5:
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     return pad_to(photometric_distortion(pixels, rng), size, fill), pad_to(labels, size, IGNORED)
+
+
+def crop_origin(
+    height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
+) -> tuple[int, int]:
+    """Top and left in pixels of a random crop of at most (size, size) pixels.
+
+    mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
+          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+    """
+    top = left = 0
+    for _ in range(CROP_TRIES):
+        top = int(rng.integers(0, max(height - size, 0) + 1))
+        left = int(rng.integers(0, max(width - size, 0) + 1))
+        if mask is None:
+            break
+        part = mask[top : top + size, left : left + size]
+        counts = np.bincount(part[part != IGNORED].ravel())
+        if np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum():
+            break
+    return top, left
+
+
+def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
+    """An array padded to (size, size) to the right and below.
+
+    array  (H, W) or (H, W, C), H and W at most `size` pixels
+    value  of the padding: one number, or one for each channel
+    """
+    padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
+    padded[:] = value
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
