@@ -235,14 +235,14 @@ def test_an_images_boxes_do_not_depend_on_its_neighbours(tmp_path: Path) -> None
     split = coloured(7, seed=1)
     chosen = {"x": LinearBoxHead(32, 3).eval()}
     one_by_one = BoxProbe(encoder, dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path))
-    alone, alone_sizes = one_by_one.predict(chosen, split, np.arange(7), "boxes")
+    alone, alone_sizes = one_by_one.predict(chosen, split, "boxes")
     probe = BoxProbe(encoder, OPTIONS, context(tmp_path))
-    together, sizes = probe.predict(chosen, split, np.arange(7), "boxes")
+    together, sizes = probe.predict(chosen, split, "boxes")
     np.testing.assert_array_equal(alone["x"].image, together["x"].image)
     np.testing.assert_allclose(alone["x"].scores, together["x"].scores, atol=1e-5)
     expected = [each.shape[:2] for each in split.source.pixels]  # type: ignore[attr-defined]
     assert sizes.tolist() == alone_sizes.tolist() == [list(each) for each in expected]
-    some, _ = probe.predict(chosen, split, np.array([5, 2]), "boxes")
+    some, _ = probe.predict(chosen, split.chosen(np.array([5, 2])), "boxes")
     first = some["x"].boxes[some["x"].image == 0]
     np.testing.assert_allclose(first, together["x"].boxes[together["x"].image == 5], atol=1e-3)
 

@@ -89,13 +89,13 @@ def test_folders_of_v2_are_ranks_though_ten_sorts_before_two(tmp_path: Path) -> 
 def test_training_features_of_imagenet_are_not_extracted_again(tmp_path: Path) -> None:
     for name in ("imagenet_v2", "imagenet_a"):
         write(name, tmp_path)
-    for protocol, module in (("linear", linear), ("knn", knn)):
-        module.evaluate(measured("imagenet1k", read("imagenet1k", tmp_path), tmp_path, protocol))
+    for protocol, evaluate in (("linear", linear.evaluate), ("knn", classification.knn)):
+        evaluate(measured("imagenet1k", read("imagenet1k", tmp_path), tmp_path, protocol))
         for name in ("imagenet_v2", "imagenet_a"):
             found = measured(name, read(name, tmp_path), tmp_path, protocol)
             inner, seen = found.encoder._layers, list[int]()
             found.encoder._layers = lambda x, *rest, inner=inner, seen=seen: seen.append(len(x)) or inner(x, *rest)  # type: ignore[method-assign,func-returns-value,misc]
-            module.evaluate(found)
+            evaluate(found)
             assert sum(seen) == (len(found.data.splits["test"]) if protocol == "linear" else 0)
 
 

@@ -185,6 +185,12 @@ class Boxed(Split):
                 continue
             raise UserError(f"{self.source.name(index)}: {wrong}")
 
+    def chosen(self, rows: np.ndarray) -> Self:
+        """Some of the images; rows (m,) are their places."""
+        parts = {name: [getattr(self, name)[row] for row in rows] for name in self.HELD}
+        area = None if self.area is None else [self.area[row] for row in rows]
+        return replace(self, source=ChosenSource(self.source, rows), area=area, **parts)
+
 
 @dataclass(frozen=True)
 class Searched(Split):

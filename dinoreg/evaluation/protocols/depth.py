@@ -25,15 +25,7 @@ from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, c
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.depth import (
-    SCORES,
-    Crop,
-    depth_scores,
-    gradient_loss,
-    mean_scores,
-    scale_invariant_loss,
-    valid_pixels,
-)
+from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best
 from dinoreg.evaluation.result import Row
@@ -46,11 +38,19 @@ UPSAMPLE = 4  # of the patch grid, before scores become depths
 SCORE_FLOOR = 0.1  # added to every bin's score
 GRADIENT_WEIGHT = 0.5
 CLIP_GRAD = 35.0
+LOG_EPS = 1e-3  # metres, added before every logarithm of the losses
+MEAN_WEIGHT = 0.15  # of the squared mean in the scale-invariant loss
+GRADIENT_STRIDES = (1, 2, 4, 6)  # pixels between those that the gradient loss looks at
 LOSS_WARMUP = 100  # steps, of 38,400, without the variance in the scale-invariant loss
 # The published choice of four blocks, from 1; elsewhere they are evenly spaced.
 FOUR_BLOCKS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 
+MEAN_IMAGES = 1000  # training images that the mean depth is taken over, at most
+MISSING = "linear depth needs a {name} split of images with depth maps"
+
 Key = tuple[int, float]  # a head: its variant and its learning rate
+Valid = Callable[[np.ndarray], np.ndarray]  # depth map (H, W) -> (H, W) bool: pixels that count
+Scores = dict[Key, dict[str, np.ndarray]]  # {head: {score: (n,), NaN where no pixel of an image is valid}}
 
 
 def head_blocks(variant: int, depth: int) -> tuple[int, ...]:
@@ -71,6 +71,47 @@ def warmup_steps(options: DepthOptions) -> int:
 def loss_warmup_steps(options: DepthOptions) -> int:
     """Steps of the loss's warm-up; a tenth of all at most."""
     return min(LOSS_WARMUP, options.steps // 10)
+
+
+def scale_invariant_loss(predicted: Tensor, true: Tensor, valid: Tensor, warming_up: bool = False) -> Tensor:
+    """sqrt(variance + 0.15 mean²) of the logarithms' differences over all valid pixels of a batch.
+
+    The loss of Eigen et al. (arXiv 1406.2283) with lambda = 0.85, under a root.
+
+    predicted, true  (B, H, W) metres
+    valid            (B, H, W) bool
+    warming_up       the variance is left out, so that the scale is found first
+    returns          (), differentiable; 0 where no pixel is valid
+    """
+    g = (predicted[valid] + LOG_EPS).log() - (true[valid] + LOG_EPS).log()
+    if not g.numel():
+        return predicted.sum() * 0.0
+    if warming_up:
+        return MEAN_WEIGHT**0.5 * g.mean().abs()
+    variance = g.var() if g.numel() > 1 else g.new_zeros(())
+    # The root's slope at 0 is infinite; a perfect batch must not break the head.
+    return (variance + MEAN_WEIGHT * g.mean() ** 2).clamp(min=1e-12).sqrt()
+
+
+def gradient_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
+    """How much the logarithms' difference changes from a pixel to the next but one, over four subsamplings.
+
+    predicted, true  (B, H, W) metres
+    valid            (B, H, W) bool; a difference counts where both of its pixels are valid
+    returns          () summed over both directions and the subsamplings, each divided by its number of valid pixels
+
+    DINOv2's release takes these differences along the batch and channel axes of (B, 1, H, W), the first two; here they
+    are along height and width, as in MegaDepth, from which the loss comes.
+    """
+    difference = (predicted + LOG_EPS).log() - (true.clamp(min=0) + LOG_EPS).log()
+    difference = difference.where(valid, difference.new_zeros(()))
+    total = predicted.new_zeros(())
+    for stride in GRADIENT_STRIDES:
+        d, v = difference[:, ::stride, ::stride], valid[:, ::stride, ::stride]
+        down = (d[:, :-2] - d[:, 2:]).abs() * (v[:, :-2] & v[:, 2:])
+        right = (d[:, :, :-2] - d[:, :, 2:]).abs() * (v[:, :, :-2] & v[:, :, 2:])
+        total = total + (down.sum() + right.sum()) / v.sum().clamp(min=1)
+    return total
 
 
 class DepthHead(nn.Module):
@@ -233,13 +274,6 @@ class DepthHeads:
 def resized(depth: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """A map (h, w), resized bilinearly to `shape` (H, W): float32, on the CPU."""
     return F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
-
-
-MEAN_IMAGES = 1000  # training images that the mean depth is taken over, at most
-MISSING = "linear depth needs a {name} split of images with depth maps"
-
-Valid = Callable[[np.ndarray], np.ndarray]  # depth map (H, W) -> (H, W) bool: pixels that count
-Scores = dict[Key, dict[str, np.ndarray]]  # {head: {score: (n,), NaN where no pixel of an image is valid}}
 
 
 def evaluate(measured: Measurement) -> list[Row]:

@@ -24,7 +24,7 @@ from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, resized, shown, size_of, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Truth, areas, score, whole_images
+from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Figure, Truth, areas, score, whole_images
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
 from dinoreg.evaluation.result import Row
@@ -52,31 +52,34 @@ def evaluate(measured: Measurement) -> list[Row]:
         raise UserError(f"metric {metric!r} with rule {rule!r}: detection has AP50 of VOC, AP and AP50 of COCO")
     train, test, val = measured.splits(Boxed, MISSING)
     names = measured.data.names(test.num_classes)
-    all_test = np.arange(len(test))
-    truth = Truth.of(test, all_test)
+    truth = Truth.of(test)
     if truth.ignored.all():
         raise UserError("the test split has no boxes that count, so there is no average precision")
-    indices, validation, words = _held_out(train, val, settings, context.seed)
+    learnt, held, words = _held_out(train, val, settings, context.seed)
     probe = BoxProbe(measured.encoder, settings, context)
-    heads, losses = probe.train(train, indices)
+    heads, losses = probe.train(learnt)
+
+    def scored(found: Detections, truth: Truth) -> list[Figure]:
+        """The figures, the task's metric first."""
+        return sorted(score(found, truth, rule, names), key=lambda figure: figure.metric != metric)
 
     tried = None
-    if len(heads) > 1 and validation is not None:
-        detections, _ = probe.predict(heads, *validation, "boxes of the held-out images")
-        reference = Truth.of(*validation)
-        tried = {key: score(each, reference, rule, names).of(metric) for key, each in detections.items()}
-    detections, sizes = probe.predict(heads, test, all_test, "boxes of the test images")
-    scores = {key: score(each, truth, rule, names) for key, each in detections.items()}
-    best, _ = choose_best({key: each.of(metric) for key, each in scores.items()}, tried)
-    often = np.bincount(np.concatenate([train.labels[index] for index in indices]), minlength=train.num_classes)
-    trivial = score(whole_images(sizes, often), truth, rule, names)
+    if len(heads) > 1 and held is not None:
+        detections, _ = probe.predict(heads, held, "boxes of the held-out images")
+        reference = Truth.of(held)
+        tried = {key: scored(each, reference)[0].value for key, each in detections.items()}
+    detections, sizes = probe.predict(heads, test, "boxes of the test images")
+    scores = {key: scored(each, truth) for key, each in detections.items()}
+    best, _ = choose_best({key: each[0].value for key, each in scores.items()}, tried)
+    often = np.bincount(np.concatenate(learnt.labels), minlength=train.num_classes)
+    trivial = scored(whole_images(sizes, often), truth)
     _draw(measured, test, detections[best], names)
     rows = []
-    for place, figure in enumerate(scores[best].figures):
-        details: dict[str, Any] = {"whole-image boxes": trivial.figures[place].value, **scores[best].details}
+    for place, figure in enumerate(scores[best]):
+        details: dict[str, Any] = {"whole-image boxes": trivial[place].value, **figure.details}
         details["per class"] = figure.per_class
         if len(settings.lrs) > 1:
-            values = {key: each.figures[place].value for key, each in scores.items()}
+            values = {key: each[place].value for key, each in scores.items()}
             details["by rate"] = {f"lr {rate:g}": values.get(repr(rate), "diverged") for rate in settings.lrs}
         details["training loss"] = losses[best]
         row = measured.row(
@@ -85,31 +88,30 @@ def evaluate(measured: Measurement) -> list[Row]:
             metric=figure.metric,
             variant=figure.variant,
             chosen_on=words,  # also where all other rates diverged: the held-out images were not learned from
-            n_train=len(indices),
+            n_train=len(learnt),
             n_test=len(test),
             settings={**asdict(settings), "lr": float(best), "rule": rule},
             details=details,
             note=NOTE,
         )
         rows.append(row)
-    return sorted(rows, key=lambda row: row.metric != metric)
+    return rows
 
 
 def _held_out(
     train: Boxed, val: Boxed | None, settings: DetectionOptions, seed: int
-) -> tuple[np.ndarray, tuple[Boxed, np.ndarray] | None, str]:
+) -> tuple[Boxed, Boxed | None, str]:
     """(training images to learn from, images that rates are chosen on, those in words); one rate needs no choice."""
-    everything = np.arange(len(train))
     if len(settings.lrs) == 1:
-        return everything, None, ""
+        return train, None, ""
     if val is not None:
-        return everything, (val, np.arange(len(val))), OFFICIAL
+        return train, val, OFFICIAL
     if len(train) < 2:
         raise UserError("detection.lrs: to choose one of several rates, at least 2 training images are expected")
     count = min(max(len(train) // 10, 1), HELD_OUT)
     mixed = np.random.default_rng([seed, 8]).permutation(len(train))
     words = f"{count:,} held-out training images, seed {seed}"
-    return np.sort(mixed[count:]), (train, np.sort(mixed[:count])), words
+    return train.chosen(np.sort(mixed[count:])), train.chosen(np.sort(mixed[:count])), words
 
 
 def _draw(measured: Measurement, test: Boxed, found: Detections, names: list[str]) -> None:
@@ -187,19 +189,18 @@ class BoxProbe:
     def __init__(self, encoder: Encoder, settings: DetectionOptions, context: Context) -> None:
         self.encoder, self.settings, self.context = encoder, settings, context
 
-    def train(self, split: Boxed, indices: np.ndarray) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
+    def train(self, split: Boxed) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
         """The heads {rate: head} that did not diverge, with their last training loss; all start from the same weights.
 
-        indices  (n,) of the split's images to train on
         raises   RunError where every head diverges or a token is not finite, UserError for an image that cannot be read
         """
         settings, encoder, context = self.settings, self.encoder, self.context
-        count, steps = len(indices), settings.steps
+        count, steps = len(split), settings.steps
         heads: dict[str, LinearBoxHead] = {}
         optimizers = {}
 
-        def load(position: int, rng: np.random.Generator) -> Prepared:
-            return prepare(split, int(indices[position]), encoder, settings, bool(rng.random() < 0.5))
+        def load(index: int, rng: np.random.Generator) -> Prepared:
+            return prepare(split, index, encoder, settings, bool(rng.random() < 0.5))
 
         def losses(_step: int, batch: list[tuple[int, Prepared]]) -> dict[str, Tensor]:
             tokens, labels, reach = [], [], []
@@ -231,19 +232,17 @@ class BoxProbe:
 
     @torch.no_grad()
     def predict(
-        self, heads: Mapping[str, LinearBoxHead], split: Boxed, indices: np.ndarray, what: str
+        self, heads: Mapping[str, LinearBoxHead], split: Boxed, what: str
     ) -> tuple[dict[str, Detections], np.ndarray]:
-        """Every head's boxes on some images, which are numbered from 0.
+        """Every head's boxes on the images of a split.
 
-        indices  (n,) of the split's images
         what     description of the images, beside the progress
         returns  {rate: detections in original pixels}, and the images' height and width in pixels (n, 2) int64
         raises   as `train`
         """
         encoder, settings, context = self.encoder, self.settings, self.context
-        order = indices.tolist()
-        images = parallel(lambda index: prepare(split, index, encoder, settings), order, context.workers)
-        shown = context.progress(images, len(order), f"{what} ({encoder.name})")
+        images = parallel(lambda index: prepare(split, index, encoder, settings), range(len(split)), context.workers)
+        shown = context.progress(images, len(split), f"{what} ({encoder.name})")
         sizes: dict[int, tuple[int, int]] = {}
         boxes: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
         for each, patches in self._tokens(shown, min(context.batch_size, settings.batch_size), split):
@@ -254,8 +253,8 @@ class BoxProbe:
             place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
             patches = patches[within.to(patches.device)]
             boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
-        found = {key: Detections.of([boxes[index][key] for index in order]) for key in heads}
-        return found, np.array([sizes[index] for index in order])
+        found = {key: Detections.of([boxes[index][key] for index in range(len(split))]) for key in heads}
+        return found, np.array([sizes[index] for index in range(len(split))])
 
     def _tokens(self, images: Iterable[Prepared], batch_size: int, split: Boxed) -> Iterator[tuple[Prepared, Tensor]]:
         """Every image with its patch tokens (N, D) float32, in another order; RunError where they are not finite."""
