@@ -15,11 +15,16 @@ from torchvision.ops import box_iou, generalized_box_iou
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.dense.box_head import (
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
+from dinoreg.evaluation.options import DetectionOptions, EvalOptions
+from dinoreg.evaluation.protocols import detection
+from dinoreg.evaluation.protocols.detection import (
     BACKGROUND,
     IGNORED,
     Answers,
+    BoxProbe,
     LinearBoxHead,
+    Prepared,
     Targets,
     around,
     assign,
@@ -27,11 +32,10 @@ from dinoreg.evaluation.dense.box_head import (
     centre_ness,
     centres,
     detect,
+    evaluate,
+    prepare,
+    typical_reach,
 )
-from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
-from dinoreg.evaluation.options import DetectionOptions, EvalOptions
-from dinoreg.evaluation.protocols import detection
-from dinoreg.evaluation.protocols.detection import BoxProbe, Prepared, evaluate, prepare, typical_reach
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT

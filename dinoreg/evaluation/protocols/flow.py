@@ -70,8 +70,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     matching = Matching(measured, passes)
     matcher = partial(match, temperature=settings.temperature, window=settings.window)
     zero_shot = {
-        split: {name: matching.measure(matcher, name, split, "zero_shot") for name in passes}
-        for split in ("test", "train")
+        (name, split): matching.measure(matcher, name, split, "zero_shot") for name in passes for split in SPLITS
     }
     projection = matching.fit()
     projected = {name: matching.measure(projection, name, "test", "projected") for name in passes}
@@ -92,21 +91,17 @@ def evaluate(measured: Measurement) -> list[Row]:
         "window": 0,
         "fitted_on": "the training scenes of " + (" and ".join(filter(None, passes)) or "all"),
     }
-    scenes = {split: {name: splits[split].scenes for name, splits in passes.items()} for split in SPLITS}
     n_train = sum(len(splits["train"]) for splits in passes.values())
-    rows = [
-        _row(measured, "linear", name, projected[name], scenes["test"][name], settings=learned, n_train=n_train)
-        for name in passes
-    ]
-    for name in passes:
-        rows.append(_row(measured, "zero-shot", name, zero_shot["test"][name], scenes["test"][name], settings=fixed))
     of_all = replace(measured, data=replace(data, variant="all pairs"))
-    for name in passes:
-        both = torch.cat([zero_shot[split][name] for split in SPLITS])
-        pairs = [scene for split in SPLITS for scene in scenes[split][name]]
-        rows.append(_row(of_all, "zero-shot", name, both, pairs, settings=fixed))
+    rows, shown, everything = [], [], []
+    for name, splits in passes.items():
+        test, both = splits["test"].scenes, [*splits["train"].scenes, *splits["test"].scenes]
+        rows.append(_row(measured, "linear", name, projected[name], test, settings=learned, n_train=n_train))
+        shown.append(_row(measured, "zero-shot", name, zero_shot[name, "test"], test, settings=fixed))
+        tallies = torch.cat([zero_shot[name, split] for split in SPLITS])
+        everything.append(_row(of_all, "zero-shot", name, tallies, both, settings=fixed))
     forget_tokens(context)
-    return rows
+    return rows + shown + everything
 
 
 class Matching:
