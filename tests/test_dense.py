@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,15 +217,15 @@ class TestStream:
         assert len(set(values)) == len(values)
 
     def test_leaving_ends_the_threads(self, tmp_path: Path) -> None:
-        before = threading.active_count()
+        before = set(threading.enumerate())
         batches = training_batches(lambda index, rng: index, 50, 2, 20, replace(context(tmp_path), workers=3))(0)
         next(batches)
-        assert threading.active_count() > before
+        started = set(threading.enumerate()) - before
+        assert started
         del batches
-        until = time.monotonic() + 20  # nobody waits for what a thread has in hand
-        while threading.active_count() > before and time.monotonic() < until:
-            time.sleep(0.01)
-        assert threading.active_count() == before
+        for thread in started:  # nobody waits for what a thread has in hand
+            thread.join(20)
+        assert not started & set(threading.enumerate())
 
     def test_its_random_numbers_are_apart_from_the_order(self) -> None:
         assert dense.ORDER_STREAM != dense.SAMPLE_STREAM
