@@ -18,10 +18,10 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_interval, mean_per_class_accuracy
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
 from dinoreg.evaluation.protocols import classification, few_shot
-from dinoreg.evaluation.protocols.classification import draws_interval, equal_features
+from dinoreg.evaluation.protocols.classification import equal_features
 from dinoreg.evaluation.protocols.few_shot import (
     FIXED_C,
     Setting,

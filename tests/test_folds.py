@@ -29,10 +29,9 @@ from dinoreg.evaluation.custom.splits import alone, deal
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop
-from dinoreg.evaluation.metrics.bootstrap import Clusters, bootstrap_statistic, resample
+from dinoreg.evaluation.metrics.bootstrap import Clusters, bootstrap_statistic, draws_interval, resample
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LinearOptions, LogisticOptions, MultilabelOptions
-from dinoreg.evaluation.protocols.classification import draws_interval
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split

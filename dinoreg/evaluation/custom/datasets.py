@@ -141,7 +141,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: in
         order = known.order()  # a folder and a table of the same images are one
         variant = f"{fold_of.max() + 1} folds, seed {seed}"
         return Data({"test": part(order)}, names, variant, {"warnings": warnings + said}, fold_of[order])
-    rows, variant = parts(table.words, groups, share, seed, path, copies=copies)
+    rows, variant = parts(table.words, groups, share, seed, path, copies)
     warnings += copies_across(rows, copies) if copies is not None else []
     warnings += _one_sided(table, rows, where)
     return Data({split: part(each) for split, each in rows.items()}, names, variant, {"warnings": warnings})

@@ -97,7 +97,7 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
     given = known if len(known) == len(words) else None
     everything = PathSource(str(root), PathBlock.of(images))
     copies = find_copies(everything) if len(images) <= MOST_COMPARED else None
-    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False, copies=copies)
+    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, copies)
     warnings = copies_across(rows, copies) if copies is not None else []
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:

@@ -23,16 +23,7 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT, strip
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
-from dinoreg.evaluation.metrics.bootstrap import (
-    SAMPLES,
-    Clusters,
-    Interval,
-    bootstrap_interval,
-    bootstrap_statistic,
-    count_absent,
-    mean_per_class_accuracy,
-    top1,
-)
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_interval, mean_per_class_accuracy, top1
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
 from dinoreg.evaluation.options import LogisticOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
@@ -225,48 +216,6 @@ def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
     wrong = np.flatnonzero(true != said)
     largest = wrong[np.argsort(-counts[wrong], kind="stable")][:MOST_CLASSES]
     return found | {"confusions": [[names[true[at]], names[said[at]], int(counts[at])] for at in largest]}
-
-
-def draws_interval(
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    metric: str,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    clusters: Clusters | None = None,
-) -> Interval:
-    """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
-
-    predicted  (R, n) classes of n test images after learning from each of R draws of labels
-    labels     (n,) true classes
-    metric     "top-1", else mean per class
-    samples    number of resamples
-    seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
-    clusters   of the test images, which have draws of their own in each fold
-
-    Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
-    """
-    correct = (predicted == labels).astype(np.float64)  # (R, n)
-    if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
-        return bootstrap_interval(correct[0], samples, seed)
-    repeats, count = correct.shape
-    rng = np.random.default_rng(repeats)
-    names, classes = np.unique(labels, return_inverse=True)
-    fold_of = None if clusters is None else clusters.folds
-    folds = np.zeros(count, dtype=np.int64) if fold_of is None else np.unique(fold_of, return_inverse=True)[1]
-    shape = folds.max() + 1, max(repeats - 1, 1)
-    if metric != "top-1":  # as in `mean_per_class_accuracy`
-        correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])
-
-    def resampled(weights: np.ndarray) -> float:
-        picked = np.stack([np.bincount(draws, minlength=repeats) for draws in rng.integers(0, repeats, size=shape)])
-        right = weights * (picked[folds].T * correct).sum(axis=0) / shape[1]
-        if metric == "top-1":
-            return float(right.sum() / weights.sum())
-        per_class = np.bincount(classes, weights=weights)
-        return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
-
-    return bootstrap_statistic(count, resampled, samples, seed, clusters)
 
 
 def class_tokens(

@@ -168,7 +168,6 @@ class DepthHeads:
         """
         options, device = self.options, self.encoder.device
         self._build(*size)
-        names = {key: f"lin.{key[0]} lr {key[1]:g}" for key in self.heads}
         factor = partial(cosine, steps=options.steps, warmup=warmup_steps(options))
         loss_warmup = loss_warmup_steps(options)
 
@@ -176,7 +175,7 @@ class DepthHeads:
             image, metres = read_pair(train, index)
             return training_crop(as_seen(image, options.max_size, options.min_size), metres, size, border, rng)
 
-        def losses(step: int, batch: list[tuple[int, tuple[np.ndarray, np.ndarray]]]) -> Mapping[str, Tensor]:
+        def losses(step: int, batch: list[tuple[int, tuple[np.ndarray, np.ndarray]]]) -> Mapping[Key, Tensor]:
             indices, crops = zip(*batch)
             images = torch.from_numpy(np.stack([pixels for pixels, _ in crops])).permute(0, 3, 1, 2).to(device)
             depth = torch.from_numpy(np.stack([metres for _, metres in crops])).to(device)
@@ -184,21 +183,19 @@ class DepthHeads:
             valid = (depth > options.min_depth) & (depth <= options.max_depth)
             tokens, grid = self._tokens(images, [train.source.name(index) for index in indices])
             found = {}
-            for key, name in names.items():
+            for key in self.heads:
                 predicted = self._depth(key, tokens, grid, size)
                 loss = scale_invariant_loss(predicted, depth, valid, step < loss_warmup)
-                found[name] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
+                found[key] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
             return found
 
-        heads = {names[key]: head for key, head in self.heads.items()}
         optimizers = {
-            names[key]: torch.optim.AdamW(head.parameters(), lr=key[1], weight_decay=options.weight_decay)
-            for key, head in self.heads.items()
+            (variant, lr): torch.optim.AdamW(head.parameters(), lr, weight_decay=options.weight_decay)
+            for (variant, lr), head in self.heads.items()
         }
         batches = training_batches(load, len(train), options.batch_size, options.steps, context)
         running = (options.steps, factor, context, "depth", CLIP_GRAD)
-        ended = train_heads(heads, optimizers, batches, losses, *running, shorter="depth.steps")
-        return {key: ended[name] for key, name in names.items()}
+        return train_heads(self.heads, optimizers, batches, losses, *running, shorter="depth.steps")
 
     @torch.no_grad()
     def predict(self, images: Tensor, keys: Sequence[Key], names: Sequence[str]) -> dict[Key, Tensor]:
@@ -301,9 +298,8 @@ def evaluate(measured: Measurement) -> list[Row]:
     tried = _score(heads, val, in_window, context, "depth: val") if several and val is not None else None
     rows: list[Row] = []
     for variant in settings.variants:
-        rmse_by_lr = _rmse_by_lr(scores, variant)
-        validation = None if tried is None else _rmse_by_lr(tried, variant)
-        lr, chosen_on = choose_best(rmse_by_lr, validation, higher_is_better=False)
+        errors = _errors(scores, variant)
+        lr, chosen_on = choose_best(errors, None if tried is None else _errors(tried, variant))
         if not rows:
             _draw(heads, (variant, lr), test, in_window, context)
         means, rmse = mean_scores(scores[variant, lr]), scores[variant, lr]["rmse"]
@@ -316,7 +312,7 @@ def evaluate(measured: Measurement) -> list[Row]:
             "final_loss": ended[variant, lr],
         }
         if several:
-            details["rmse_by_lr"] = {f"{each:g}": value for each, value in rmse_by_lr.items()}
+            details["rmse_by_lr"] = {f"{each:g}": -error for each, error in errors.items()}
         row = measured.row(
             float(rmse.mean()),
             bootstrap_interval(rmse, seed=context.seed),
@@ -366,8 +362,9 @@ def _score(heads: DepthHeads, split: DepthMaps, valid: Valid, context: Context, 
     return scores
 
 
-def _rmse_by_lr(scores: Scores, variant: int) -> dict[float, float]:
-    return {lr: mean_scores(each)["rmse"] for (of, lr), each in scores.items() if of == variant}
+def _errors(scores: Scores, variant: int) -> dict[float, float]:
+    """{rate: minus the RMSE in metres}, so that the best is the highest."""
+    return {lr: -mean_scores(each)["rmse"] for (of, lr), each in scores.items() if of == variant}
 
 
 def _mean_depth(

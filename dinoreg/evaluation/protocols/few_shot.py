@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.metrics.bootstrap import draws_interval
 from dinoreg.evaluation.options import LogisticOptions
 from dinoreg.evaluation.protocols import classification
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement, resumable_map
@@ -91,8 +92,8 @@ def evaluate(measured: Measurement) -> list[Row]:
         repeats = range(1 if whole else options.few_shot.repeats)
         draws += [(setting, context.seed + repeat, number) for repeat in repeats for number in range(len(folds))]
 
-    def scored(place: int, _: None) -> dict[str, Any]:
-        setting, seed, number = draws[place]
+    def scored(_place: int, draw: tuple[Setting, int, int]) -> dict[str, Any]:
+        setting, seed, number = draw
         started = time.monotonic()
         train = folds[number].train
         given = {"seed": seed, "device": encoder.device, "metric": measured.task.metric}
@@ -101,7 +102,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     stamps = [each.train.source.stamp() for each in folds]
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, stamps)
-    results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
+    results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})", draws.__getitem__)
     by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
     doubt = classification.equal_features(folds[0].train.source, known[0].features)
     rows = [_row(measured, setting, test, folds, scored) for setting, scored in by_setting.items()]
@@ -188,9 +189,7 @@ def _row(
     share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
-    means = classification.draws_interval(
-        nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test)
-    )
+    means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
     right = classification.METRICS[metric]
     return classification.accuracy_row(
         measured,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.runtime.errors import RunError
 
-B = TypeVar("B")
+B, K = TypeVar("B"), TypeVar("K")
 
 
 def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
@@ -48,10 +48,10 @@ def _warm_up(step: int, warmup: int, start: float) -> float:
 
 
 def train_heads(
-    heads: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
+    heads: Mapping[K, nn.Module],
+    optimizers: Mapping[K, torch.optim.Optimizer],
     batches: Callable[[int], Iterable[B]],
-    losses: Callable[[int, B], Mapping[str, Tensor]],
+    losses: Callable[[int, B], Mapping[Any, Tensor]],
     steps: int,
     factor: Callable[[int], float],
     context: Context,
@@ -59,7 +59,7 @@ def train_heads(
     clip_grad: float | None = None,
     depends_on: object = (),
     shorter: str = "",
-) -> dict[str, float]:
+) -> dict[Any, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
     batches     step -> what each step from that one on learns from
@@ -74,7 +74,7 @@ def train_heads(
     raises      RunError when no loss is finite any more
     """
     saved = SavedState(context, name, (sorted(heads), depends_on))
-    start, broken, tail = 0, set[str](), dict[str, list[float]]()
+    start, broken, tail = 0, set[Any](), dict[Any, list[float]]()
     parts: dict[str, Mapping[str, Any]] = {"heads": heads, "optimizers": optimizers}
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
