@@ -74,7 +74,7 @@ def test_a_part_of_kept_slots_is_read_and_nothing_else_is(
 
 
 def test_an_unfinished_file_serves_no_one_else(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_ROWS", 1)
+    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_BYTES", 1)
     encoder, seen = counting()
     inner = encoder._layers
 

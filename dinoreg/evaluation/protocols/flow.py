@@ -13,8 +13,6 @@ backbone sees a frame once. On disk they take frames x patches x D numbers of th
 float32 for one pass of MPI Sintel with ViT-S/14. They lie in the folder of unfinished work and go when it is done.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -243,23 +241,13 @@ def _row(measured: Measurement, kind: str, name: str, tallies: Tensor, scenes: S
     )
 
 
-FLUSH_FRAMES = 32  # written between notes of how far the extraction is
-
-
 def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: Context) -> np.ndarray:
     """Unit patch tokens (frames, N, D) of `features_dtype` of every frame of a source, memory-mapped and read only.
 
     An interrupted extraction resumes. UserError naming a frame of another size than the geometry's or that cannot be
     read; RunError naming one whose tokens are not finite, or where the disk is too small.
     """
-    key = {
-        "weights": encoder.identity,
-        "precision": str(encoder.dtype),
-        "frames": source.stamp(),
-        "working": geometry.working,
-        "dtype": context.features_dtype,
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    made_of = (encoder.identity, encoder.dtype, source.stamp(), *geometry.working, context.features_dtype)
     # As many pixels at once as in a batch of crops, for which the batch size is meant.
     height, width = geometry.working
     batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
@@ -276,14 +264,13 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
 
     return extract_rows(
         context,
-        context.state / f"flow_tokens_{name}.npy",
+        context.state / f"flow_tokens_{'_'.join(map(str, made_of))}.npy",
         encoder,
         source,
         load,
         lambda images: F.normalize(encoder.tokens(images).patches.float(), dim=-1),
         batch_size=batch_size,
         what="tokens of frames",
-        flush_every=FLUSH_FRAMES,
         advice="features_dtype=float16 takes half, flow.upscale=1 a quarter of 2",
     )
 
