@@ -19,7 +19,7 @@ from dinoreg.data.center_crop import center_crops, resized_shape
 from dinoreg.data.open import is_scenes
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.maps import segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic

@@ -23,8 +23,7 @@ from dinoreg.data.labelled import LabelledImages, passed_over_in_words
 from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-from dinoreg.evaluation.custom.depth_maps import depths
-from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.maps import depths, segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled

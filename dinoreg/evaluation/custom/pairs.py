@@ -2,7 +2,7 @@
 
 A pair has the same path below its two folders, but for the extension and a tail of the truth's name such as `_mask`.
 Splits are folders, either outside (`train/images`, `train/masks`, `test/images`, …) or inside (`images/train`,
-`masks/train`, …), or else held out. What the files hold, `masks` and `depth_maps` say.
+`masks/train`, …), or else held out. What the files hold, `maps` says.
 
 Where a picture's EXIF orientation turns it, its truth must lie over the upright picture. It may have been drawn on the
 picture as a viewer shows it, or on its pixels as the file has them. Where turning changes the size, the size says
