@@ -118,15 +118,9 @@ def logistic(measured: Measurement) -> list[Row]:
     }
     val = folds[0].val
     share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
-    return accuracy_rows(
-        measured,
-        test,
-        predicted,
-        chosen_on=share if val is None else OFFICIAL,
-        n_train=round(np.mean([len(fold.train) for fold in folds])) + (0 if val is None else len(val)),
-        settings=settings,
-        warnings=equal_features(train.source, features),
-    )
+    learnt = round(np.mean([len(fold.train) for fold in folds])) + (0 if val is None else len(val))
+    fields = {"chosen_on": share if val is None else OFFICIAL, "n_train": learnt, "settings": settings}
+    return accuracy_rows(measured, test, predicted, warnings=equal_features(train.source, features), **fields)
 
 
 def labelled_folds(measured: Measurement) -> tuple[Labelled, list[Fold[Labelled]]]:

@@ -297,6 +297,8 @@ def evaluate(measured: Measurement) -> list[Row]:
     several = len(settings.lrs) > 1
     tried = _score(heads, val, in_window, context, "depth: val") if several and val is not None else None
     rows: list[Row] = []
+    note = f"depths up to {settings.max_depth:g} m" if "samples" in measured.data.extra else ""
+    shared: dict[str, Any] = {"unit": "m", "higher_is_better": False, "n_train": len(train), "note": note}
     for variant in settings.variants:
         errors = _errors(scores, variant)
         lr, chosen_on = choose_best(errors, None if tried is None else _errors(tried, variant))
@@ -304,8 +306,9 @@ def evaluate(measured: Measurement) -> list[Row]:
             _draw(heads, (variant, lr), test, in_window, context)
         means, rmse = mean_scores(scores[variant, lr]), scores[variant, lr]["rmse"]
         rmse = rmse[np.isfinite(rmse)]
+        means.pop("rmse")
         details: dict[str, Any] = {
-            **{key: value for key, value in means.items() if key != "rmse"},
+            **means,
             "baselines": {"mean training depth": baseline},
             "mean_training_depth": metres,
             "images_without_depth": len(test) - len(rmse),
@@ -313,24 +316,11 @@ def evaluate(measured: Measurement) -> list[Row]:
         }
         if several:
             details["rmse_by_lr"] = {f"{each:g}": -error for each, error in errors.items()}
-        row = measured.row(
-            float(rmse.mean()),
-            bootstrap_interval(rmse, seed=context.seed),
-            variant=f"lin.{variant}",
-            unit="m",
-            higher_is_better=False,
-            chosen_on=chosen_on,
-            n_train=len(train),
-            n_test=len(rmse),
-            settings={
-                **_described(settings, size, border, window),
-                "lr": lr,
-                "blocks": [block + 1 for block in heads.blocks[variant]],
-            },
-            details=details,
-            note=f"depths up to {settings.max_depth:g} m" if "samples" in measured.data.extra else "",
-        )
-        rows.append(row)
+        blocks = [block + 1 for block in heads.blocks[variant]]
+        settled = {**_described(settings, size, border, window), "lr": lr, "blocks": blocks}
+        fields = {"variant": f"lin.{variant}", "chosen_on": chosen_on, "settings": settled, "details": details}
+        interval = bootstrap_interval(rmse, seed=context.seed)
+        rows.append(measured.row(float(rmse.mean()), interval, n_test=len(rmse), **fields, **shared))
     return rows
 
 

@@ -237,6 +237,9 @@ def evaluate(measured: Measurement) -> list[Row]:
     often = np.bincount(np.concatenate(learnt.labels), minlength=train.num_classes)
     trivial = scored(whole_images(sizes, often), truth)
     _draw(measured, test, detections[best], names)
+    settled = {**asdict(settings), "lr": float(best), "rule": rule}
+    # The words hold also where all other rates diverged: the held-out images were not learned from.
+    shared = {"chosen_on": words, "n_train": len(learnt), "n_test": len(test), "settings": settled, "note": NOTE}
     rows = []
     for place, figure in enumerate(scores[best]):
         details: dict[str, Any] = {"whole-image boxes": trivial[place].value, **figure.details}
@@ -245,19 +248,9 @@ def evaluate(measured: Measurement) -> list[Row]:
             values = {key: each[place].value for key, each in scores.items()}
             details["by rate"] = {f"lr {rate:g}": values.get(repr(rate), "diverged") for rate in settings.lrs}
         details["training loss"] = losses[best]
-        row = measured.row(
-            figure.value,
-            bootstrap_statistic(len(test), figure.resampled, samples=BOOTSTRAP, seed=context.seed),
-            metric=figure.metric,
-            variant=figure.variant,
-            chosen_on=words,  # also where all other rates diverged: the held-out images were not learned from
-            n_train=len(learnt),
-            n_test=len(test),
-            settings={**asdict(settings), "lr": float(best), "rule": rule},
-            details=details,
-            note=NOTE,
-        )
-        rows.append(row)
+        interval = bootstrap_statistic(len(test), figure.resampled, samples=BOOTSTRAP, seed=context.seed)
+        fields = {"metric": figure.metric, "variant": figure.variant, "details": details, **shared}
+        rows.append(measured.row(figure.value, interval, **fields))
     return rows
 
 

@@ -190,32 +190,18 @@ def _row(
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
     means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
-    right = classification.METRICS[metric]
-    return classification.accuracy_row(
-        measured,
-        test,
-        logistic,
-        metric,
-        variant=setting.title,
-        chosen_on=share if chosen else "",
-        seeds=tuple(context.seed + repeat for repeat in range(repeats)),
-        n_train=round(np.mean([int(each.sum()) for each in counts])),
-        hours=sum(each["hours"] for each in scored),
-        settings={
-            "shots": setting.shots,
-            "share": setting.share,
-            "draws": repeats,
-            "C": [each["C"] for each in scored],
-            "C from": share if chosen else fixed,
-            "image_size": context.image_size,
-        },
-        details={
-            "each draw": [right(draw, test.labels) for draw in logistic],
-            "nearest class mean": float(np.mean([right(draw, test.labels) for draw in nearest])),
-            "nearest class mean, interval": [means.low, means.high],
-        },
-        note=_note(setting, _available(folds[0].train), counts[0]),
-    )
+    share_right = classification.METRICS[metric]
+    right, nearest_right = ([share_right(draw, test.labels) for draw in draws] for draws in (logistic, nearest))
+    settled = {"shots": setting.shots, "share": setting.share, "draws": repeats, "C": [each["C"] for each in scored]}
+    settled |= {"C from": share if chosen else fixed, "image_size": context.image_size}
+    details = {"each draw": right, "nearest class mean": float(np.mean(nearest_right))}
+    details["nearest class mean, interval"] = [means.low, means.high]
+    fields: dict[str, Any] = {"variant": setting.title, "chosen_on": share if chosen else "", "settings": settled}
+    fields["seeds"] = tuple(context.seed + repeat for repeat in range(repeats))
+    fields["n_train"] = round(np.mean([int(each.sum()) for each in counts]))
+    fields["hours"] = sum(each["hours"] for each in scored)
+    fields["note"] = _note(setting, _available(folds[0].train), counts[0])
+    return classification.accuracy_row(measured, test, logistic, metric, details=details, **fields)
 
 
 def _note(setting: Setting, available: np.ndarray, counts: np.ndarray) -> str:

@@ -228,17 +228,10 @@ def _row(measured: Measurement, kind: str, name: str, tallies: Tensor, scenes: S
     own, zero, mean = (figures(tallies[:, place]) for place in range(3))
     of_scene = {scene: torch.from_numpy(np.asarray(scenes) == scene) for scene in sorted(set(scenes))}
     by_scene = {scene: figures(tallies[pairs, 0])["all"] for scene, pairs in of_scene.items()}
-    return measured.row(
-        own.pop("all"),
-        bootstrap_statistic(len(tallies), pooled, seed=measured.context.seed),
-        variant=", ".join(filter(None, (kind, name))),
-        unit="px",
-        higher_is_better=False,
-        n_test=len(tallies),
-        details={**own, "zero flow": zero, "mean flow of train": mean, "scenes": by_scene},
-        note=INTERVAL_NOTE,
-        **fields,
-    )
+    value, interval = own.pop("all"), bootstrap_statistic(len(tallies), pooled, seed=measured.context.seed)
+    fields |= {"unit": "px", "higher_is_better": False, "n_test": len(tallies), "note": INTERVAL_NOTE}
+    fields["details"] = {**own, "zero flow": zero, "mean flow of train": mean, "scenes": by_scene}
+    return measured.row(value, interval, variant=", ".join(filter(None, (kind, name))), **fields)
 
 
 def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: Context) -> np.ndarray:

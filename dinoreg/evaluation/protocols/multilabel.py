@@ -46,24 +46,18 @@ def evaluate(measured: Measurement) -> list[Row]:
         scores[fold.rows] = _scores(fits[-1][0].model, _rows(measured, fold.test, "test"), measured.encoder.device)
     paths, problems, doubts = zip(*fits)
     _draw(measured, test, scores, names)
-    return mean_ap_rows(
-        measured,
-        scores,
-        test,
-        names,
-        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if folds[0].val is None else OFFICIAL,
-        n_train=round(np.mean([each.data.n for each in problems])),
-        n_test=len(test),
-        settings={
-            "C": dict(zip(names, (per_fold(each) for each in zip(*(path.C.tolist() for path in paths))))),
-            "path": per_fold([path.scores for path in paths]),
-            "image_size": context.image_size,
-            "choice": "each class by its own validation average precision",
-            "converged": all(path.model.converged for path in paths),
-        },
-        note=_note(np.all([each.fitted.numpy() for each in problems], axis=0), test.labels, names),
-        warnings=doubts[0],
-    )
+    settings = {
+        "C": dict(zip(names, (per_fold(each) for each in zip(*(path.C.tolist() for path in paths))))),
+        "path": per_fold([path.scores for path in paths]),
+        "image_size": context.image_size,
+        "choice": "each class by its own validation average precision",
+        "converged": all(path.model.converged for path in paths),
+    }
+    chosen_on = OFFICIAL if folds[0].val is not None else f"{chosen.validation_share:.0%} of train, seed {context.seed}"
+    fields: dict[str, Any] = {"chosen_on": chosen_on, "n_test": len(test), "settings": settings, "warnings": doubts[0]}
+    fields["n_train"] = round(np.mean([each.data.n for each in problems]))
+    note = _note(np.all([each.fitted.numpy() for each in problems], axis=0), test.labels, names)
+    return mean_ap_rows(measured, scores, test, names, note=note, **fields)
 
 
 def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, SigmoidProblem, tuple[str, ...]]:

@@ -64,22 +64,15 @@ def evaluate(measured: Measurement) -> list[Row]:
     best, chosen_on = choose_best(scores(counts), tried)
     probe.draw(heads[best], test)
 
-    def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
-        return miou_row(
-            measured,
-            counts[key],
-            {"train_loss": losses[key]},
-            variant=variant,
-            chosen_on=chosen_on,
-            n_train=len(train),
-            settings=probe.described(key),
-            note=note if math.isfinite(losses[key]) else "its training diverged",
-        )
+    def row(key: str, note: str = "", **fields: Any) -> Row:
+        note = note if math.isfinite(losses[key]) else "its training diverged"
+        shared = {"n_train": len(train), "settings": probe.described(key), "note": note}
+        return miou_row(measured, counts[key], {"train_loss": losses[key]}, **shared, **fields)
 
     if len(heads) == 1:
         return [row(best)]
-    others = [row(key, key, note="the best of these" if key == best else "") for key in heads]
-    return [row(best, f"best of {len(heads)}", chosen_on), *others]
+    others = [row(key, "the best of these" if key == best else "", variant=key) for key in heads]
+    return [row(best, variant=f"best of {len(heads)}", chosen_on=chosen_on), *others]
 
 
 def miou_row(measured: Measurement, counts: Confusion, details: Mapping[str, Any], **fields: Any) -> Row:
