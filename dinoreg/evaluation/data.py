@@ -187,7 +187,7 @@ class Boxed(Split):
 
     def chosen(self, rows: np.ndarray) -> Self:
         """Some of the images; rows (m,) are their places."""
-        parts = {name: [getattr(self, name)[row] for row in rows] for name in self.HELD}
+        parts: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in self.HELD}
         area = None if self.area is None else [self.area[row] for row in rows]
         return replace(self, source=ChosenSource(self.source, rows), area=area, **parts)
 

@@ -222,7 +222,7 @@ def class_tokens(
     resize      short side over the crop's side, as published; of one's own pictures the weights say it
     raises      as `extract_features`
     """
-    given = {"mean_patch": mean_patch, "what": f"features of {what}"}
+    given: dict[str, Any] = {"mean_patch": mean_patch, "what": f"features of {what}"}
     crop = measured.context.crop(source, resize)
     return feature_matrix(extract_features(measured.context, measured.encoder, source, crop, **given))
 

@@ -249,7 +249,7 @@ def evaluate(measured: Measurement) -> list[Row]:
             details["by rate"] = {f"lr {rate:g}": values.get(repr(rate), "diverged") for rate in settings.lrs}
         details["training loss"] = losses[best]
         interval = bootstrap_statistic(len(test), figure.resampled, samples=BOOTSTRAP, seed=context.seed)
-        fields = {"metric": figure.metric, "variant": figure.variant, "details": details, **shared}
+        fields: dict[str, Any] = {"metric": figure.metric, "variant": figure.variant, "details": details, **shared}
         rows.append(measured.row(figure.value, interval, **fields))
     return rows
 

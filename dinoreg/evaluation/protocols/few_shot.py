@@ -192,7 +192,12 @@ def _row(
     means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
     share_right = classification.METRICS[metric]
     right, nearest_right = ([share_right(draw, test.labels) for draw in draws] for draws in (logistic, nearest))
-    settled = {"shots": setting.shots, "share": setting.share, "draws": repeats, "C": [each["C"] for each in scored]}
+    settled: dict[str, Any] = {
+        "shots": setting.shots,
+        "share": setting.share,
+        "draws": repeats,
+        "C": [each["C"] for each in scored],
+    }
     settled |= {"C from": share if chosen else fixed, "image_size": context.image_size}
     details = {"each draw": right, "nearest class mean": float(np.mean(nearest_right))}
     details["nearest class mean, interval"] = [means.low, means.high]
@@ -209,7 +214,7 @@ def _note(setting: Setting, available: np.ndarray, counts: np.ndarray) -> str:
     present = available[available > 0]
     if setting.share is None:
         short = present[present < setting.shots]
-        what = f"have fewer than {setting.shots} training images (the fewest: {short.min(initial=setting.shots)})"
+        what = f"have fewer than {setting.shots} training images (the fewest: {short.min(initial=setting.shots or 0)})"
         note = f"{len(short)} of {len(present)} classes {what}; all of theirs are used"
     else:
         short = present[setting.share * present < 0.5]

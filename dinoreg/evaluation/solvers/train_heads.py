@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.runtime.errors import RunError
 
-B, K = TypeVar("B"), TypeVar("K")
+B = TypeVar("B")
 
 
 def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
@@ -48,8 +48,8 @@ def _warm_up(step: int, warmup: int, start: float) -> float:
 
 
 def train_heads(
-    heads: Mapping[K, nn.Module],
-    optimizers: Mapping[K, torch.optim.Optimizer],
+    heads: Mapping[Any, nn.Module],
+    optimizers: Mapping[Any, torch.optim.Optimizer],
     batches: Callable[[int], Iterable[B]],
     losses: Callable[[int, B], Mapping[Any, Tensor]],
     steps: int,
@@ -75,7 +75,7 @@ def train_heads(
     """
     saved = SavedState(context, name, (sorted(heads), depends_on))
     start, broken, tail = 0, set[Any](), dict[Any, list[float]]()
-    parts: dict[str, Mapping[str, Any]] = {"heads": heads, "optimizers": optimizers}
+    parts: dict[str, Mapping[Any, Any]] = {"heads": heads, "optimizers": optimizers}
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
         for part, members in parts.items():
