@@ -192,14 +192,10 @@ def _row(
     means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
     share_right = classification.METRICS[metric]
     right, nearest_right = ([share_right(draw, test.labels) for draw in draws] for draws in (logistic, nearest))
-    settled: dict[str, Any] = {
-        "shots": setting.shots,
-        "share": setting.share,
-        "draws": repeats,
-        "C": [each["C"] for each in scored],
-    }
+    settled: dict[str, Any] = {"shots": setting.shots, "share": setting.share, "draws": repeats}
+    settled["C"] = [each["C"] for each in scored]
     settled |= {"C from": share if chosen else fixed, "image_size": context.image_size}
-    details = {"each draw": right, "nearest class mean": float(np.mean(nearest_right))}
+    details: dict[str, Any] = {"each draw": right, "nearest class mean": float(np.mean(nearest_right))}
     details["nearest class mean, interval"] = [means.low, means.high]
     fields: dict[str, Any] = {"variant": setting.title, "chosen_on": share if chosen else "", "settings": settled}
     fields["seeds"] = tuple(context.seed + repeat for repeat in range(repeats))
