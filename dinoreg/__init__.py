@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinoreg.commands.embed import embed
     from dinoreg.commands.evaluate import evaluate
+    from dinoreg.commands.export import export
     from dinoreg.commands.inspect import inspect
     from dinoreg.commands.registers import registers
     from dinoreg.commands.verdict import verdict
     from dinoreg.commands.view import view
     from dinoreg.evaluation.backbones.open import transform
-    from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.plan.run import plan
@@ -45,7 +45,7 @@ _WHERE = {
     "VitRGTS": "dinoreg.models.classifier",
     "embed": "dinoreg.commands.embed",
     "evaluate": "dinoreg.commands.evaluate",
-    "export": "dinoreg.export.run",
+    "export": "dinoreg.commands.export",
     "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
     "plan": "dinoreg.plan.run",

@@ -193,6 +193,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("stages", {"rows"}),
         ("healthy", {"rows", "bands"}),
         ("rope", {"rows"}),
+        ("rasa", {"3 planes, seed 0", "10 planes, seed 0"}),
         ("memory", {"vits14_reg4"}),
         ("startup", {"seconds", "cpu"}),
         ("kills", {"one process", "two, ddp", "two, fsdp"}),

@@ -179,7 +179,14 @@ assert dinoreg.plan.devices.find_device("t4").kind == "cuda"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [*inspect.signature(dinoreg.registers).parameters] == ["weights", "images", "options"]
-    assert [*inspect.signature(dinoreg.export).parameters] == ["weights", "format", "out", "size"]
+    assert [*inspect.signature(dinoreg.export).parameters] == [
+        "weights",
+        "format",
+        "out",
+        "size",
+        "registers",
+        "images",
+    ]
     for name in dinoreg.__all__:
         assert getattr(dinoreg, name) is not None
 

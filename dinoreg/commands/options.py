@@ -75,6 +75,8 @@ class ExportOptions(Options, verb="export"):
     format: str = option(REQUIRED, FORMATS)
     out: str = output(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
+    registers: str | None = option(None, "test_time: add one for outliers in `images`; not timm, transformers")
+    images: str | None = option(None, "a folder of images, a list of paths or scenes, for registers=test_time")
 
 
 @dataclass(frozen=True)

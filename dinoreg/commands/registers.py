@@ -98,11 +98,8 @@ def _report(options: RegistersOptions) -> RegisterReport:
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
             print_status(f"{encoder.name}: looking for register neurons")
-            model = fit(encoder, pictures, first).model
-            name = f"{encoder.name} + test-time register"
-            changed = NativeEncoder(model, name, encoder.preprocessing, encoder.device)
+            changed, first.record["test_time"] = fit(encoder, pictures, first.norms)
             measured.append(_measure(changed, pictures, options.seed))
-            measured[-1].record["added"] = True
     shown = to_unit(pictures.images[:SHOWN])
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)

@@ -18,7 +18,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.guide import Verbatim, next_commands, next_lines
+from dinoreg.runtime.guide import Verbatim, next_commands, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
 
@@ -123,14 +123,6 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
             _function("commands.report", "compare_runs", "report")(folders, options.out and Path(options.out))
 
 
-def _export(options: keys.ExportOptions) -> None:
-    from dinoreg.export.certificate import summary
-    from dinoreg.export.run import export, read_certificate
-
-    folder = export(**vars(options))
-    print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
-
-
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
     if not arguments or "=" in arguments[0]:
@@ -206,7 +198,7 @@ _VERBS = (
         path="images",
     ),
     Verb("registers", keys.RegistersOptions, _function("commands.registers", "registers_command"), path="images"),
-    Verb("export", keys.ExportOptions, _export, path="weights"),
+    Verb("export", keys.ExportOptions, _function("commands.export", "export_command"), path="weights"),
     Verb("launch", LaunchOptions, _function("commands.launch", "launch_command"), tuple, _ACTIONS, _jobs, also=Config),
     Verb("doctor", keys.DoctorOptions, _function("commands.doctor", "doctor"), _read_doctor),
     Verb("completion", keys.NoOptions, print, _read_completion),
@@ -235,6 +227,9 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
         from dinoreg.evaluation.request import is_own
 
         case = "listed" if not first else "own" if is_own(first) else ""
+        own = parsed[1].dataset.get("own", {}) if case == "own" else {}
+        keys = {key: key for key in ("columns", "range", "own.root")}
+        values["reading"] = repeated(values | {"own.root": own.get("root")}, keys)
     elif case == "crops":
         values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:
@@ -242,6 +237,8 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     elif verb == "plan":
         rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
         values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
+    elif verb == "verdict":
+        values["reading"] = repeated(values, {"columns": "columns", "range": "range"})
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

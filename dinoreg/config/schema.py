@@ -82,6 +82,7 @@ class LossConfig(Options, section="loss"):
     gram_size: int | None = option(
         None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
     )
+    paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -107,6 +108,7 @@ class LossConfig(Options, section="loss"):
             "diet": self.diet_weight,
             "anchor": self.anchor_weight,
             "gram": self.gram_weight,
+            "paka": self.paka_weight,
         }
 
     @property
@@ -114,10 +116,10 @@ class LossConfig(Options, section="loss"):
         """Whether a loss holds the student to a network that does not learn."""
         return self.anchor_weight + self.gram_weight > 0
 
-    @property
-    def anchor_size(self) -> int | None:
-        """Pixels a side of crops that are cut for the network held to; None: it sees those of the student."""
-        return self.gram_size if self.gram_weight > 0 else None
+    def clean_size(self, global_size: int) -> int | None:
+        """Pixels a side at which global crops of `global_size` are cut once more, undistorted; None: they are not."""
+        gram_size = self.gram_size if self.gram_weight > 0 else None
+        return gram_size or (global_size if self.paka_weight > 0 else None)
 
     @property
     def distils(self) -> bool:
@@ -346,9 +348,11 @@ class Config(Options):
             raise UserError("resume and overwrite: give one of the two")
         if self.distill is not None:
             without = "0 with distill=, whose network says what features should be"
-            for key in ("anchor_weight", "gram_weight", "diet_weight"):
+            for key in ("anchor_weight", "gram_weight", "paka_weight", "diet_weight"):
                 check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
             check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
+        without = "0 without local crops (crops.num_local=0)"
+        check(self.crops.num_local > 0 or not self.loss.paka_weight, "loss.paka_weight", self.loss.paka_weight, without)
         if self.init is not None and not self.loss.distils:
             check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)

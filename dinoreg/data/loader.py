@@ -64,14 +64,15 @@ class Views:
     mask: MaskSettings
     patch_size: int
     in_channels: int = 3
-    anchor_size: int | None = None  # at which the global crops are cut once more, undistorted
+    clean_size: int | None = None  # at which the global crops are cut once more, undistorted
+    related: bool = False  # whether it is told where the local crops lie in the global ones
 
     def __post_init__(self) -> None:
-        if (self.anchor_size or 0) % self.patch_size:
-            raise UserError(f"loss.gram_size={self.anchor_size} is not divisible by the patch size {self.patch_size}")
-        for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
-            if size % self.patch_size and (name == "global_size" or self.crops.num_local):
-                raise UserError(f"crops.{name}={size} is not divisible by the patch size {self.patch_size}")
+        local_size = self.crops.local_size if self.crops.num_local else 0
+        sizes = {"crops.global_size": self.crops.global_size, "crops.local_size": local_size}
+        for key, size in {**sizes, "loss.gram_size": self.clean_size or 0}.items():
+            if size % self.patch_size:
+                raise UserError(f"{key}={size} is not divisible by the patch size {self.patch_size}")
         for name, values in (("mean", self.augment.mean), ("std", self.augment.std)):
             if len(values) not in (1, self.in_channels):
                 expected = f"expected 1 or {self.in_channels} (channels)"
@@ -86,7 +87,7 @@ class Views:
     def groups(self) -> list[tuple[int, int]]:
         """(crops of an image, pixels a side) of the global crops, of any local ones, and of those cut once more."""
         groups = [(2, self.crops.global_size), (self.crops.num_local, self.crops.local_size)]
-        return [(count, size) for count, size in (*groups, (2, self.anchor_size or 0)) if count and size]
+        return [(count, size) for count, size in (*groups, (2, self.clean_size or 0)) if count and size]
 
 
 def num_workers(workers: int | None, device: torch.device) -> int:
@@ -112,7 +113,8 @@ class Batch:
     position: int  # the sampler's position after this batch
     data_time: float  # seconds the consumer spent in asking for it
     checksums: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (B,) of their files; early on only
-    anchor_crops: Tensor | None = None  # (2B, C, H', W') the global crops once more: mirrored and normalised alone
+    clean_crops: Tensor | None = None  # (2B, C, H', W') the global crops once more: mirrored and normalised alone
+    places: Tensor | None = None  # (2, L, B, 2, 3) where the local crops lie in the global ones, see `crops.places`
 
 
 class _Slot:
@@ -147,6 +149,8 @@ class _Job:
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
     hidden: np.ndarray = field(init=False)  # masked patches of each crop
+    cut: np.ndarray = field(init=False)  # (B, V, 4) boxes as they were cut, of related views
+    turns: np.ndarray = field(init=False)  # (B, V, 2, 2) how they are mirrored and turned, likewise
     checksums: np.ndarray = field(init=False)  # (B,), or (0,) once enough images have been compared
     augmented: list[Tensor] = field(init=False)  # on a CPU: float32 crops of each group
     bad: dict[str, str] = field(default_factory=dict)  # name -> reason
@@ -256,7 +260,9 @@ class _Engine:
         drawn = numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW)
         colours = photometric.draw_photometric(drawn, augment, of_sensor)
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
-        if self.views.anchor_size is not None:
+        if self.views.related:
+            job.cut, job.turns = np.zeros((batch, num_views, 4)), photometric.orientations(colours)
+        if self.views.clean_size is not None:
             mirrored = np.zeros_like(job.colours[0])
             flips = [photometric.P.HFLIP, photometric.P.VFLIP, photometric.P.TURN]
             mirrored[:, flips] = job.colours[0][:, flips]
@@ -316,15 +322,17 @@ class _Engine:
         if len(job.checksums):
             job.checksums[row] = image.checksum()
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
-        sizes, again = self.views.sizes, 0 if self.views.anchor_size is None else 2
+        sizes, again = self.views.sizes, 0 if self.views.clean_size is None else 2
         boxes += boxes[:again]
         reduction = 1
         if options.reduced_decode and image.format == "JPEG":
-            reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.anchor_size or 0] * again])
+            reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.clean_size or 0] * again])
         pixels = image.pixels(reduction)
         if reduction > 1:
             height, width = pixels.shape[1:]
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
+        if self.views.related:
+            job.cut[row] = boxes[: len(sizes)]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
 
@@ -467,7 +475,8 @@ class BatchLoader:
             position,
             data_time=0,
             checksums=job.checksums,
-            anchor_crops=None if self.views.anchor_size is None else crops[-1],
+            clean_crops=None if self.views.clean_size is None else crops[-1],
+            places=self._send(torch.from_numpy(geometry.places(job.cut, job.turns))) if self.views.related else None,
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

@@ -239,6 +239,9 @@ _FORMATS = (
     Format("onnx", write_onnx_files, ("onnx", "onnxruntime", "onnxscript"), "onnxruntime", "float16", 1e-4),
 )
 FORMATS = {form.name: form for form in _FORMATS}
+# Formats that carry code or a graph. A test-time register is in no weights: its hidden units give the largest of all
+# tokens' activations to one token and keep the class token's own, and the FFN of a plain ViT sees one token at a time.
+MOVING = ("meta", "safetensors", "onnx")
 
 
 def hidden_dim(model: RegisterViT) -> int:

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,29 @@ from dinoreg.checkpoint.atomic import sync
 from dinoreg.config.option import nearest
 from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
-from dinoreg.export.formats import FORMATS, Format
+from dinoreg.export.formats import FORMATS, MOVING, Format
 from dinoreg.export.onnx_graph import drop_float16
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source, read_source
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError, reworded
 
 CERTIFICATE = "certificate.json"
 
 
-def export(weights: str | Path, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
-    """Write a model for another library, with a certificate that this library computes the same, and a model card.
-
-    weights  a run folder, a weight file or random:NAME, as for `dinoreg.load`
-    format   "timm" | "transformers" | "meta" | "safetensors" | "onnx"
-    out      the folder to write; it must not exist, or be empty
-    size     height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then
-             takes this size only; without it, any. None: the model's native size
-    returns  the folder
-    raises   UserError for a wrong argument or a missing library, before anything is written; RunError if the library
-             cannot load what was written or differs from the source above the bound: then nothing is left in `out`
-    """
+def export(
+    weights: str | Path,
+    format: str,
+    out: str | Path,
+    size: int | Sequence[int] | None = None,
+    with_registers: Callable[[Source], Source] | None = None,
+) -> Path:
+    """What `dinoreg.export` says (`dinoreg.commands.export`), with test-time registers that the caller finds."""
     form = _format(format)
     target = _target(out)
     source = read_source(weights, size)
+    if format not in MOVING and (with_registers or source.model.register_neurons):
+        raise UserError(f"format={format}: its models cannot have test-time registers; {', '.join(MOVING)} can")
+    source = with_registers(source) if with_registers else source
     with reworded(f"out={out}: could not be written", OSError, into=RunError), _aside(target) as stage:
         artefact, scratch = stage / "artefact", stage / "scratch"
         artefact.mkdir()

@@ -23,7 +23,8 @@ class Source:
     given       what the caller named, without the folders above it, which are private
     path        the weight file, None for random weights
     run         the run folder it came out of, if it did
-    origin      "step" and "config_hash" of the run, as far as the JSON beside the weights says them
+    origin      "step" and "config_hash" of the run, and what a "test_time" register did, as the JSON beside the
+                weights says them
     size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
@@ -56,7 +57,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     if size is not None:
         preprocessing = preprocessing.at(checked_size(size, model.patch_size))
         model = resized(model, preprocessing.size)
-    kinds = {"step": int, "config_hash": str}
+    kinds = {"step": int, "config_hash": str, "test_time": str}
     origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
     model.requires_grad_(False)
     return Source(model, given, path, run, origin, preprocessing, size is not None)

@@ -79,6 +79,7 @@ def infer_architecture(
     found["heads"] = _heads(dim, stated, path)
     found["image_size"] = _image_size(patches, found["patch_size"], stated, path)
     found |= resampling(source, registers) | _arithmetic(rope, stated, path)
+    found["register_neurons"] = _register_neurons(len(indices), hidden if registers else 0, stated, path)
     if isinstance(values.get("antialias"), bool):
         found["antialias"] = values["antialias"]
     return found | {key: float(values[key]) for key in ("position_offset", "init_std") if is_number(values.get(key))}
@@ -136,6 +137,16 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path
     return next(
         r for r in (4.0, ratio, math.nextafter(ratio, math.inf)) if hidden_dim_of(dim, ffn, r) == hidden or r > ratio
     )
+
+
+def _register_neurons(depth: int, units: int, stated: Stated, path: str | Path) -> list[list[int]]:
+    """The stated pairs of a block below `depth` and one of its `units`."""
+    pairs = values if isinstance(values := stated.values.get("register_neurons", []), list) else [values]
+    for pair in pairs:
+        whole = isinstance(pair, list) and [type(number) for number in pair] == [int, int]
+        if not (whole and 0 <= pair[0] < depth and 0 <= pair[1] < units):
+            raise UserError(f"weights {path}: {stated.says('register_neurons')}, expected pairs of a block and a unit")
+    return pairs
 
 
 def _heads(dim: int, stated: Stated, path: str | Path) -> int:

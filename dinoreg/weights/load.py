@@ -180,11 +180,14 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    of_positions = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
-    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
+    by_name = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
+    hints = {
+        "rope_base": "; names of models that end with _rope have rotary positions",
+        "register_neurons": "; registers added at test time are not trained: take the weights they were added to",
+    }
+    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *by_name, "register_neurons"):
         if a[key] != b[key]:
-            hint = "; names of models that end with _rope have rotary positions" if key == "rope_base" else ""
-            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hint}")
+            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):
         raise UserError(
             f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
