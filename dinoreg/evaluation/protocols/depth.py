@@ -318,15 +318,9 @@ def evaluate(measured: Measurement) -> list[Row]:
             details["rmse_by_lr"] = {f"{each:g}": -error for each, error in errors.items()}
         blocks = [block + 1 for block in heads.blocks[variant]]
         settled = {**_described(settings, size, border, window), "lr": lr, "blocks": blocks}
-        fields = {
-            "variant": f"lin.{variant}",
-            "chosen_on": chosen_on,
-            "settings": settled,
-            "details": details,
-            **shared,
-        }
+        fields = {"variant": f"lin.{variant}", "chosen_on": chosen_on, "details": details, **shared}
         interval = bootstrap_interval(rmse, seed=context.seed)
-        rows.append(measured.row(float(rmse.mean()), interval, n_test=len(rmse), **fields))
+        rows.append(measured.row(float(rmse.mean()), interval, n_test=len(rmse), settings=settled, **fields))
     return rows
 
 
