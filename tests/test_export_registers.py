@@ -17,7 +17,7 @@ from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.evaluation.backbones.open import open_native
 from dinoreg.export import certificate, formats
 from dinoreg.export.run import read_certificate
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source
 from dinoreg.models.vit import RegisterViT
 from dinoreg.registers.outliers import find
 from dinoreg.registers.test_time import RegisterNeuron, with_test_time_register
@@ -51,7 +51,7 @@ def described(model: RegisterViT, folder: Path) -> Path:
     """Our own file of a model with a test-time register, as the export writes it, without a certificate."""
     save(model, folder / "source" / "model.safetensors")
     (folder / "out").mkdir()
-    formats.write_described(folder / "out", read_source(folder / "source"))
+    formats.write_described(folder / "out", Source(folder / "source"))
     return folder / "out"
 
 

@@ -173,7 +173,7 @@ import sys, dinoreg
 called = [dinoreg.export, dinoreg.plan, dinoreg.registers]
 assert all(map(callable, called))
 assert "torch" not in sys.modules
-import dinoreg.plan.devices, dinoreg.registers.verdict, dinoreg.export.formats
+import dinoreg.plan.devices, dinoreg.registers.page, dinoreg.export.formats
 assert called == [dinoreg.export, dinoreg.plan, dinoreg.registers]
 assert dinoreg.plan.devices.find_device("t4").kind == "cuda"
 """

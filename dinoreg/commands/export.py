@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -73,4 +72,4 @@ def _with_register(source: Source, images: str) -> Source:
         raise RunError(f"registers=test_time: {found}, with the best of up to 100 register neurons; nothing written")
     name = pictures.source if is_scenes(images) else os.path.basename(os.path.abspath(images))
     seen = f"In {len(pictures.images):,} images ({name}) {found}"
-    return replace(source, model=changed.module.cpu(), origin=source.origin | {"test_time": seen})
+    return source.of(changed.module.cpu(), test_time=seen)

@@ -26,8 +26,7 @@ from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
-from dinoreg.registers.page import VIEW, write_registers
-from dinoreg.registers.verdict import console_table, judge
+from dinoreg.registers.page import VIEW, console_table, judge, write_registers
 from dinoreg.reports.html import WithPage
 from dinoreg.reports.verdict import Verdict
 from dinoreg.runtime.errors import RunError, UserError

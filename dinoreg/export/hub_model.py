@@ -80,9 +80,8 @@ class PlainViT(nn.Module):
         self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.patch_embed = nn.Sequential(
-            OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size), flatten=nn.Flatten(2))
-        )
+        projection = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection, flatten=nn.Flatten(2)))
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
         for index in {block for block, _ in register_neurons}:
             units = [unit for block, unit in register_neurons if block == index]

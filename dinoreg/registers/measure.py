@@ -284,9 +284,8 @@ class _Inspection:
         probed  the probes of the untouched backbone
         """
         self.progress(f"controls: {what}")
-        batches = [
-            each for each in rows[:CONTROL_IMAGES].split(max(self.size, 2)) if len(each) > 1 or what == "outliers"
-        ]
+        parts = rows[:CONTROL_IMAGES].split(max(self.size, 2))
+        batches = [each for each in parts if len(each) > 1 or what == "outliers"]
         if not batches:
             return []
         known = moments(self.contents(each, outliers[each], what)[0] for each in batches)

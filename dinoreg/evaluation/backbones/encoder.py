@@ -23,7 +23,7 @@ from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import timm_preprocessing
+from dinoreg.weights.architecture import timm_preprocessing
 
 RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
