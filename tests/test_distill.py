@@ -236,7 +236,7 @@ def test_two_processes_learn_what_one_does_and_can_be_resumed(first: Path, tmp_p
 # The plan
 
 
-def test_a_plan_counts_the_network_that_is_learnt_from(first: Path) -> None:
+def test_a_plan_counts_the_network_that_is_mean_count(first: Path) -> None:
     config = distilled(None, first)
     job = describe(config, 1, 1, find_device("h100"))
     operations, memory = operations_of(job), memory_of(job)
