@@ -95,9 +95,7 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
     """
     if config.distill is None:
         if config.distill_size is not None:
-            raise UserError(
-                "distill: missing; name the weights to learn from, as distill=WEIGHTS (or distill_size=none)"
-            )
+            raise UserError("distill: missing; name the weights to learn from, distill=WEIGHTS (or distill_size=none)")
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
     channels, patch = config.model.in_channels, encoder.patch_size
