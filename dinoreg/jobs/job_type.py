@@ -173,5 +173,6 @@ def _check_data(config: Config) -> None:
     sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
     for source in sources:
         text = str(source)
-        if text != "scenes" and ":" not in text and not Path(text).exists():
+        is_pattern = re.search(r"[*?\[{]", text)
+        if text != "scenes" and ":" not in text and not is_pattern and not Path(text).exists():
             raise UserError(f"data={text}: no such file or folder on this machine")
