@@ -33,6 +33,7 @@ class LabelledImages:
     words        "train", "val" or "test" for each image, or None where nothing says so
     warnings     one line each
     passed_over  files beside the images that are none, by ending
+    further      where each channel is a file, those of the channels behind the first, as `paths`
     """
 
     root: str
@@ -42,6 +43,7 @@ class LabelledImages:
     words: list[str] | None
     warnings: list[str]
     passed_over: dict[str, int]
+    further: tuple[list[str], ...] = ()
 
     def has(self) -> np.ndarray:
         """Which classes each image is of, (n, K) bool."""
@@ -50,7 +52,8 @@ class LabelledImages:
 
     def source(self) -> PathSource:
         """The images, in the order of `paths`."""
-        return PathSource(self.root, PathBlock.of(self.paths))
+        files = [path for row in zip(self.paths, *self.further, strict=True) for path in row]
+        return PathSource(self.root, PathBlock.of(files), 1 + len(self.further))
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

@@ -33,7 +33,8 @@ def open_source(
     index_dir  where folder indexes are kept; by default the user's cache folder
     root       the folder that the paths of a list must stay in; by default the list's own
     value_range  LOW,HIGH of the whole data set, or of each channel; by default each file's type says it
-    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are
+    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are.
+               "path:RED,path:NIR" where each channel is a file of its own
 
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
@@ -158,8 +159,10 @@ def _open_list(spec: str, root: str | os.PathLike[str] | None, columns: Columns)
     found = table.column("path", columns)
     if found is None:
         raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {listed(table.names)}")
-    where, path = f"data: {spec} {table.unit}", found[0]
-    entries = [inside(folder, cell, f"{where} {number}", "data.root") for number, (cell,) in table.cells(path) if cell]
+    where, paths = f"data: {spec} {table.unit}", [found[0], *table.further(columns)]
+    entries = []
+    for number, cells in table.cells(*paths):
+        entries += [inside(folder, cell, f"{where} {number}", "data.root") for cell in cells if any(cells)]
     if not entries:
         raise UserError(f"data: the list {spec} names no files")
-    return PathSource(folder, PathBlock.of(entries))
+    return PathSource(folder, PathBlock.of(entries), len(paths))
