@@ -44,7 +44,7 @@ _SLICE = 0.2  # seconds after which a wait looks up
 _LEAVE = 2.0  # seconds that workers have to end their image when a loader is closed
 T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
-_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM = 1, 2, 3  # uses of the seed
+_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM, _CHANNEL_STREAM = 1, 2, 3, 4  # uses of the seed
 # A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
 # may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
 # interpreter lock.
@@ -65,6 +65,7 @@ class Views:
     patch_size: int
     in_channels: int = 3
     anchor_size: int | None = None  # at which the global crops are cut once more, undistorted
+    bag: bool = False  # all crops of an image are of one channel of it, drawn anew in every epoch
 
     def __post_init__(self) -> None:
         if (self.anchor_size or 0) % self.patch_size:
@@ -73,9 +74,14 @@ class Views:
             if size % self.patch_size and (name == "global_size" or self.crops.num_local):
                 raise UserError(f"crops.{name}={size} is not divisible by the patch size {self.patch_size}")
         for name, values in (("mean", self.augment.mean), ("std", self.augment.std)):
-            if len(values) not in (1, self.in_channels):
-                expected = f"expected 1 or {self.in_channels} (channels)"
+            if len(values) not in (1, self.crop_channels):
+                expected = f"expected 1 or {self.crop_channels} (channels)"
                 raise UserError(f"augment.{name} has {len(values)} values, {expected}")
+
+    @property
+    def crop_channels(self) -> int:
+        """Channels of a crop."""
+        return 1 if self.bag else self.in_channels
 
     @property
     def sizes(self) -> list[int]:
@@ -122,10 +128,9 @@ class _Slot:
     """
 
     def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
+        channels = views.crop_channels
         self.groups = [
-            torch.empty(count * batch_size, size, size, views.in_channels, dtype=dtype, pin_memory=pinned).permute(
-                0, 3, 1, 2
-            )
+            torch.empty(count * batch_size, size, size, channels, dtype=dtype, pin_memory=pinned).permute(0, 3, 1, 2)
             for count, size in views.groups
         ]
         # One view per crop, made once: slicing for every crop would cost as much as planning it.
@@ -144,6 +149,7 @@ class _Job:
     ids: np.ndarray = field(init=False)  # (B,)
     epochs: np.ndarray = field(init=False)  # (B,)
     boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
+    channels: np.ndarray = field(init=False)  # (B,) int64, of a bag the one that crops show
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
     hidden: np.ndarray = field(init=False)  # masked patches of each crop
@@ -250,9 +256,10 @@ class _Engine:
             return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
+        job.channels = (numbers(_CHANNEL_STREAM, 1)[:, 0, 0] * self.views.in_channels).astype(np.int64)
         augment, of_sensor = self.views.augment, None
         if augment.of_sensor:
-            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.in_channels)
+            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.crop_channels)
         drawn = numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW)
         colours = photometric.draw_photometric(drawn, augment, of_sensor)
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
@@ -322,6 +329,8 @@ class _Engine:
         if options.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.anchor_size or 0] * again])
         pixels = image.pixels(reduction)
+        if self.views.bag:
+            pixels = pixels[job.channels[row]][None]
         if reduction > 1:
             height, width = pixels.shape[1:]
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]

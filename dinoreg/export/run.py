@@ -15,14 +15,16 @@ from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
 from dinoreg.export.formats import FORMATS, Format
 from dinoreg.export.onnx_graph import drop_float16
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Size, read_source
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError, reworded
 
 CERTIFICATE = "certificate.json"
 
 
-def export(weights: str | Path, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
+def export(
+    weights: str | Path, format: str, out: str | Path, size: Size | None = None, channels: Sequence[int] | None = None
+) -> Path:
     """Write a model for another library, with a certificate that this library computes the same, and a model card.
 
     weights  a run folder, a weight file or random:NAME, as for `dinoreg.load`
@@ -30,13 +32,16 @@ def export(weights: str | Path, format: str, out: str | Path, size: int | Sequen
     out      the folder to write; it must not exist, or be empty
     size     height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then
              takes this size only; without it, any. None: the model's native size
+    channels  indices from 0 of those that the exported model shall take; None: all
     returns  the folder
     raises   UserError for a wrong argument or a missing library, before anything is written; RunError if the library
              cannot load what was written or differs from the source above the bound: then nothing is left in `out`
     """
     form = _format(format)
     target = _target(out)
-    source = read_source(weights, size)
+    source = read_source(weights, size, channels)
+    if source.model.channels != "joint" and form.name in ("timm", "transformers"):
+        raise UserError(f"format={format}: has no bag of channels; channels=[0] exports the network of one of them")
     with reworded(f"out={out}: could not be written", OSError, into=RunError), _aside(target) as stage:
         artefact, scratch = stage / "artefact", stage / "scratch"
         artefact.mkdir()

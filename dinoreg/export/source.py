@@ -11,9 +11,11 @@ from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.load import load, load_reported, resample_pos_embed
+from dinoreg.weights.load import load, load_reported, resample_pos_embed, select_channels
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
+
+Size = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Source:
     size_given: bool
 
 
-def read_source(weights: str | Path, size: int | Sequence[int] | None = None) -> Source:
+def read_source(weights: str | Path, size: Size | None = None, channels: Sequence[int] | None = None) -> Source:
     """The model that `weights` means (see `dinoreg.load`), its positions resampled to `size` if one is given.
 
-    size    height and width in pixels, or one for both
-    raises  UserError as `dinoreg.load` does, or if the patch size does not divide `size`
+    size      height and width in pixels, or one for both
+    channels  those that it shall take, see `select_channels`; None: all
+    raises    UserError as `dinoreg.load` and `select_channels` do, or if the patch size does not divide `size`
     """
     path, run, metadata, given = find_weights(weights), None, {}, str(weights)
     if path is None:
@@ -52,6 +55,8 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
         given = f"{path.resolve().parent.name}/{path.name}"
     if path is not None and run is not None:
         given = f"{run.resolve().name}/{path.parent.name}/{path.name}"
+    if channels is not None:
+        model = select_channels(model, channels)
     preprocessing = Preprocessing.of_model(model, path)
     if size is not None:
         preprocessing = preprocessing.at(checked_size(size, model.patch_size))
@@ -62,7 +67,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     return Source(model, given, path, run, origin, preprocessing, size is not None)
 
 
-def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+def checked_size(size: Size, patch_size: int) -> tuple[int, int]:
     """(height, width) in pixels; UserError unless they are positive multiples of the patch size."""
     height, width = as_pair(size, "size")
     for extent in (height, width):

@@ -182,9 +182,9 @@ def _loading(job: Job, source: Source | None, notes: list[str]) -> float | None:
         return None
     config = job.config
     try:
-        channels = config.model.in_channels
+        channels, bag = config.model.in_channels, config.model.channels != "joint"
         crops, patch_size = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
-        views = Views(crops, config.augment, config.mask, patch_size, channels)
+        views = Views(crops, config.augment, config.mask, patch_size, channels, bag=bag)
         return seconds_per_image(source, views, config.data, augmented=job.device.kind == "cpu")
     except (UserError, RunError) as error:
         notes.append(f"No image could be loaded here: {error}")

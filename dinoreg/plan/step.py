@@ -60,7 +60,7 @@ def masked_batch(
     anchor_size = config.loss.anchor_size
 
     def pixels(rows: int, size: int) -> Tensor:
-        return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)
+        return torch.randn(rows, config.model.crop_channels, size, size, device=mask.device)
 
     return Batch(
         global_crops=pixels(2 * count, crops.global_size),

@@ -86,9 +86,9 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
             )
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
-    channels, patch = config.model.in_channels, encoder.patch_size
+    channels, patch = config.model.crop_channels, encoder.patch_size
     if encoder.in_channels != channels:
-        raise UserError(f"distill={config.distill}: takes {encoder.in_channels} channels, model.in_channels={channels}")
+        raise UserError(f"distill={config.distill}: takes {encoder.in_channels} channels, a crop has {channels}")
     student_size = config.crops.global_size
     size = config.distill_size or student_size // int(parse_name(config.model.name)["patch_size"]) * patch
     if size % patch:
