@@ -144,8 +144,9 @@ def random_batch(config: Any, patch_size: int, number: int, device: torch.device
 
 def phases(state: Any, batch: Any, now: Any, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Seconds that the parts of one step take, in their order."""
+    from dinoreg.train.micro_batch import micro_batches
     from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
-    from dinoreg.train.step import koleo_of_views, micro_batches, student_losses, teacher_targets
+    from dinoreg.train.step import koleo_of_views, student_losses, teacher_targets
 
     kept: dict[str, Any] = {}
 

@@ -38,6 +38,7 @@ STILL: dict[str, Any] = {
 }
 BAGS = CHANNELS[1:]
 SCENES = ScenesSource(12, 24)
+ONE_OF_THREE = {"in_channels": 1, "bag_of": 3}
 
 
 def bag(kind: str, channels: int, **options: Any) -> RegisterViT:
@@ -123,16 +124,16 @@ def drawn(joint: torch.Tensor, own: torch.Tensor) -> list[int]:
 def test_all_crops_of_an_image_show_one_channel_that_is_drawn_anew_in_every_epoch() -> None:
     chosen = []
     for position in range(0, 96, 4):  # eight epochs
-        joint = first({"anchor_size": 16}, position)
-        own = first({"anchor_size": 16, "bag": True}, position)
+        joint = first({"clean_size": 16}, position)
+        own = first({"clean_size": 16, **ONE_OF_THREE}, position)
         assert own.local_crops is not None
         assert joint.local_crops is not None
-        assert joint.anchor_crops is not None
-        assert own.anchor_crops is not None
+        assert joint.clean_crops is not None
+        assert own.clean_crops is not None
         channels = drawn(joint.global_crops, own.global_crops)
         assert channels == 2 * channels[:4]
         assert drawn(joint.local_crops, own.local_crops) == 2 * channels[:4]
-        assert drawn(joint.anchor_crops, own.anchor_crops) == channels
+        assert drawn(joint.clean_crops, own.clean_crops) == channels
         chosen += [*zip(own.sample_ids.tolist(), channels[:4])]
     counts = np.bincount([channel for _, channel in chosen], minlength=3)
     assert counts.min() > 20  # of 96, a third expected
@@ -141,7 +142,7 @@ def test_all_crops_of_an_image_show_one_channel_that_is_drawn_anew_in_every_epoc
 
 def test_what_is_drawn_does_not_depend_on_workers_nor_does_a_lost_channel_leave_nothing() -> None:
     one, other = (
-        first({"bag": True}, 4, workers, channel_drop=0.9, turn=0.5, brightness=0.4, jitter_probability=1.0)
+        first(ONE_OF_THREE, 4, workers, channel_drop=0.9, turn=0.5, brightness=0.4, jitter_probability=1.0)
         for workers in (0, 2)
     )
     assert torch.equal(one.global_crops, other.global_crops)

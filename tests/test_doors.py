@@ -131,7 +131,7 @@ def claimed(folder: Path, **owner: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("word", ["overwrite=true", "resume=true"])
+@pytest.mark.parametrize("word", ["overwrite=true", "resume=true", "seed=1"])
 def test_a_run_at_work_is_neither_overwritten_nor_taken_over(
     word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

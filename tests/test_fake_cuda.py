@@ -55,7 +55,7 @@ MODES: dict[str, dict[str, Any]] = {
     "checkpointing": {"model.checkpointing": True},
     "micro-batches": {"optim.accumulate": 2},
     "no local crops": {"crops.num_local": 0},
-    "anchor": {"loss.anchor_weight": 1.0},
+    "anchor, PaKA": {"loss.anchor_weight": 1.0, "loss.paka_weight": 1.0},
     "varlen": {"model.attention": "varlen"},
     "sdpa": {"model.attention": "sdpa"},
     "plain": {"model.attention": "plain"},

@@ -196,7 +196,9 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
 
 def test_a_list_ends_with_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list"]) == 0
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -209,6 +211,53 @@ def test_the_next_command_has_the_words_of_this_one(here: Path, capsys: pytest.C
     }.items():
         assert main(arguments.split()) == 0
         assert capsys.readouterr().err.endswith(said)
+
+
+def test_columns_may_stand_behind_their_table() -> None:
+    for verb, given, parsed in (
+        ("eval", "a.csv:path=f,label=c weights=w", "a.csv weights=w columns=path:f,label:c"),
+        ("embed", "data=a.CSV:path=f", "data=a.CSV columns=path:f"),
+        ("pretrain", "small data=x/a.tsv:path=f", "small data=x/a.tsv data.columns=path:f"),
+        ("pretrain", "small probe.data=a.csv:label=c,path=f", "small probe.data=a.csv probe.columns=label:c,path:f"),
+        ("export", "weights=a.csv:path=f", "weights=a.csv:path=f"),
+    ):
+        assert canonical(VERBS[verb], given.split()) == parsed.split()
+
+
+@pytest.mark.slow
+def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(20):
+        draw = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(draw).save(tmp_path / f"{index}.png")
+    table = tmp_path / "odd.csv"
+    table.write_text("what,which,taken\n" + "".join(f"{index % 2},{index}.png,x\n" for index in range(20)))
+    sizes = ["steps=1", "batch_size=2", "crops.num_local=2"]
+    run = tmp_path / "run"
+
+    def after(*command: str) -> list[str]:
+        assert main([*command]) == 0
+        said = capsys.readouterr()
+        lines = (said.out + said.err).splitlines()
+        (line,) = [line.removeprefix("next: dinoreg ") for line in lines if line.startswith("next: ")]
+        return shlex.split(line)
+
+    _, *words = after("inspect", f"{table}:path=which", "range=0,255")
+    assert words[:3] == ["small", f"data={table}", "out=runs/odd"]
+    assert words[3:5] == ["data.columns=path:which", "data.range=0.0,255.0"]
+    command = after(
+        "pretrain",
+        "small",
+        *words[3:5],
+        *sizes,
+        f"data={table}",
+        f"out={run}",
+        f"probe.data={table}:path=which,label=what",
+    )
+    assert command == ["verdict", str(table), f"weights={run}", "columns=path:which,label:what"]
+    command = after("eval", *command[1:], "protocols=knn", "own.root=" + str(tmp_path))
+    assert command == [
+        *("verdict", str(table), f"weights={run}", "columns=path:which,label:what", f"own.root={tmp_path}")
+    ]
 
 
 def test_words_are_completed(here: Path) -> None:

@@ -26,7 +26,7 @@ from tests.training import tiny_config
         {"model.drop_path": 0.0, "loss.koleo_weight": 0.0},
         {"model.ffn": "swiglu", "crops.num_local": 0},
         {"head.separate": True, "head.ibot_prototypes": 16},
-        {"optim.accumulate": 2},
+        {"optim.accumulate": 2, "loss.paka_weight": 1.0},
         {"model.checkpointing": True, "model.drop_path_uniform": False, "model.layerscale": 1e-5},
         {"model.depth": 7},
     ],

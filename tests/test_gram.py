@@ -11,6 +11,8 @@ import torch
 from test_step import CPU, FP32, NOW, new_batch
 from training import loss_trace, read_lines, stopped_after, tiny_config
 
+import dinoreg
+from dinoreg.commands.main import main
 from dinoreg.config.load import Config
 from dinoreg.config.schema import DataConfig, ScheduleConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
@@ -119,15 +121,15 @@ def test_crops_for_the_anchor_are_the_global_ones_mirrored_and_normalised_alone(
     size = views.crops.global_size
     for num_local in (0, 2):
         crops = replace(views.crops, num_local=num_local)
-        same = replace(views, crops=crops, anchor_size=size)
+        same = replace(views, crops=crops, clean_size=size)
         batch = first(same)
-        assert torch.equal(batch.anchor_crops, batch.global_crops)
+        assert torch.equal(batch.clean_crops, batch.global_crops)
         assert (batch.local_crops is None) == (num_local == 0)
-        assert torch.equal(first(replace(same, anchor_size=None)).global_crops, batch.global_crops)
-    loud = replace(VIEWS, anchor_size=2 * size)
-    assert first(loud).anchor_crops.shape == (8, 3, 2 * size, 2 * size)
+        assert torch.equal(first(replace(same, clean_size=None)).global_crops, batch.global_crops)
+    loud = replace(VIEWS, clean_size=2 * size)
+    assert first(loud).clean_crops.shape == (8, 3, 2 * size, 2 * size)
     with pytest.raises(UserError, match=r"loss\.gram_size=33"):
-        replace(views, anchor_size=33)
+        replace(views, clean_size=33)
 
 
 HELD = {"loss__gram_weight": 1.0, "loss__gram_size": 64, "schedule__gram_start": 0.25, "schedule__gram_every": 0.5}
@@ -158,3 +160,25 @@ def test_a_run_begun_without_it_takes_it_up_when_it_is_resumed(tmp_path: Path) -
 def test_a_run_is_held_to_one_network() -> None:
     with pytest.raises(UserError, match=r"loss\.gram_weight=1"):
         tiny_config(loss__gram_weight=1.0, loss__anchor_weight=1.0)
+
+
+@pytest.mark.slow
+def test_the_shipped_last_stage_goes_on_from_a_run_at_larger_crops_and_ends_healthy(tmp_path: Path) -> None:
+    small = [
+        "model.name=vitt8_reg4",
+        "model.dim=32",
+        "model.depth=2",
+        "model.heads=2",
+        "head.prototypes=24",
+        "device=cpu",
+    ]
+    small += ["batch_size=4", "data=scenes:count=50,size=80", "log.every=1", "probe.every=0", "crops.num_local=2"]
+    first, out = pretrain(tiny_config(tmp_path / "first", steps=2, model__layerscale=1.0)), tmp_path / "run"
+    sizes = ["crops.global_size=64", "crops.local_size=24", "crops.stages=[0.5:48/16]", "loss.gram_size=128", "steps=6"]
+    assert main(["pretrain", "highres_vits14_reg4", f"init={first}", f"out={out}", *small, *sizes]) == 0
+    lines = read_lines(out / "metrics.jsonl")
+    assert ["gram_loss" in line for line in lines] == [False] + [True] * 5  # heads alone first
+    assert all(0 < line["gram_loss"] < 4 for line in lines[1:])
+    assert read_lines(out / "health" / "events.jsonl") == []
+    assert "crops in stages: 48 and 16 px to step 3, then 64 and 24 px" in (out / "train.log").read_text()
+    assert dinoreg.load(out).image_size == (64, 64)

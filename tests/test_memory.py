@@ -65,6 +65,7 @@ MODES = [
     {"loss.centering": "sinkhorn", "head.prototypes": 20000},
     {"model.attention": "plain", "batch_size": 1},
     {"model.name": "vitt8_reg4_rope", "precision": "bf16"},
+    {"loss.paka_weight": 1.0},
 ]
 
 

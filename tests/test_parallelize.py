@@ -67,7 +67,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     for centering, accumulate in itertools.product(("softmax", "sinkhorn"), (1, 2)):
         options: dict[str, Any] = {"loss__centering": centering, "optim__accumulate": accumulate}
         if accumulate == 2:  # rotary positions, whose distortion each process would draw for itself
-            options |= {"model__name": "vitt8_reg4_rope", "model__rope_rescale": 1.0}
+            options |= {"model__name": "vitt8_reg4_rope", "model__rope_rescale": 1.0, "loss__paka_weight": 1.0}
         pretrain(run_config(tmp_path / f"one-{centering}-{accumulate}", 1, **options))
         both += [
             run_config(tmp_path / f"{name}-{centering}-{accumulate}", 2, parallel__strategy=name, **options)

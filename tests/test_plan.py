@@ -210,7 +210,7 @@ class Listening(TorchDispatchMode):
         {},
         {"parallel.reshard": True, "loss.centering": "sinkhorn"},
         {"parallel.shard": 2, "loss.koleo_ranks": 2},
-        {"optim.accumulate": 2, "parallel.reduce_dtype": "bf16"},
+        {"optim.accumulate": 2, "parallel.reduce_dtype": "bf16", "loss.paka_weight": 1.0},
         {"optim.accumulate": 2, "parallel.reshard": True, "parallel.param_dtype": "bf16"},
         {"head.separate": True, "loss.koleo_weight": 0.0},
     ],

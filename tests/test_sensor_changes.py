@@ -106,8 +106,8 @@ def test_the_other_changes_of_a_crop_do_not_depend_on_those_of_the_sensor() -> N
 
 def test_crops_for_the_anchor_are_turned_alike() -> None:
     still = dict.fromkeys(("jitter_probability", "grayscale", "blur_global1", "blur_global2", "blur_local"), 0.0)
-    batch = first(AugmentSettings(turn=0.75, vflip=0.5, solarize_global2=0.0, **still), anchor_size=24)
-    assert torch.equal(batch.anchor_crops, batch.global_crops)
+    batch = first(AugmentSettings(turn=0.75, vflip=0.5, solarize_global2=0.0, **still), clean_size=24)
+    assert torch.equal(batch.clean_crops, batch.global_crops)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

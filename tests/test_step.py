@@ -15,13 +15,13 @@ from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
 from dinoreg.models import vit
 from dinoreg.models.stochastic_depth import Kept, draw_kept, token_rows
+from dinoreg.train.micro_batch import micro_batches
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.step import (
     StepResult,
     backward,
     koleo_of_views,
-    micro_batches,
     student_losses,
     teacher_targets,
     train_step,

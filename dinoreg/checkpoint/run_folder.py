@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from dinoreg.runtime.json_files import STEP_NAME, flatten, is_number, number, read_json, read_json_lines, read_text
 
 # That dinov2 does not have.
-OWN_LOSSES = ("diet_loss", "anchor_loss", "gram_loss", "distill_cls_loss", "distill_patch_loss")
+OWN_LOSSES = ("diet_loss", "anchor_loss", "gram_loss", "paka_loss", "distill_cls_loss", "distill_patch_loss")
 
 
 def logged_losses(optimised: Mapping[str, Any], dino_weight: float, ibot_weight: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from dinoreg.data.source import Source
 from dinoreg.data.statistics import FEW_IMAGES, config_for, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.guide import Verbatim, next_lines
+from dinoreg.runtime.guide import Verbatim, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed, print_status
@@ -45,7 +45,7 @@ def inspect_command(options: InspectOptions) -> None:
     """
     if options.prepare is not None:
         print(f"prepared: {prepare(options)}")
-        _say_next(options.prepare, len(open_source(options.prepare)))
+        _say_next(options.prepare, len(open_source(options.prepare)), Verbatim(""))
         return
     found = inspect(**vars(options))
     print(render_inspection(found))
@@ -53,14 +53,23 @@ def inspect_command(options: InspectOptions) -> None:
         name, reason = next(iter(found["bad"].items()))
         raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
     large = found["large"] > 0.1 * found["looked_at"]
-    _say_next(options.data, found["images"], options.side if large else None)
+    keys = {"columns": "data.columns", "root": "data.root", "range": "data.range"}
+    if options.in_channels != 3:
+        keys["in_channels"] = "model.in_channels"
+    _say_next(options.data, found["images"], repeated(vars(options), keys), options.side if large else None)
 
 
-def _say_next(data: str | list[str], images: int, side: int | None = None) -> None:
-    """Print the command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
+def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int | None = None) -> None:
+    """Print the command to go on with.
+
+    reading  the keys that say how `data` is read
+    side     of the pictures of a smaller copy that is to be made first
+    """
     from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
 
-    name, more = Path(data if isinstance(data, str) else data[0]).name.partition(":")[0], []
+    path = Path(data if isinstance(data, str) else data[0])
+    more: list[str] = [reading] if reading else []
+    name = path.stem if path.is_file() else path.name.partition(":")[0]
     if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes
             if len(read_labelled(data).class_names) > 1:
@@ -68,7 +77,13 @@ def _say_next(data: str | list[str], images: int, side: int | None = None) -> No
     if images < FEW_BATCHES * SMALL_BATCH:
         more.append(f"batch_size={batch_for(images)}")
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
-    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(" ".join(more))}
+    values = {
+        "data": data,
+        "stem": name,
+        "folder": f"{name}-{side}",
+        "more": Verbatim(" ".join(more)),
+        "reading": reading,
+    }
     for line in next_lines("inspected", {**values, "config": config_for(images)}, case):
         print_status(line)
 

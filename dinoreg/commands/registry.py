@@ -18,7 +18,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.guide import Verbatim, next_commands, next_lines
+from dinoreg.runtime.guide import Verbatim, next_commands, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
 
@@ -235,6 +235,9 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
         from dinoreg.evaluation.request import is_own
 
         case = "listed" if not first else "own" if is_own(first) else ""
+        own = parsed[1].dataset.get("own", {}) if case == "own" else {}
+        keys = {key: key for key in ("columns", "range", "own.root")}
+        values["reading"] = repeated(values | {"own.root": own.get("root")}, keys)
     elif case == "crops":
         values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:
@@ -242,6 +245,8 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     elif verb == "plan":
         rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
         values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
+    elif verb == "verdict":
+        values["reading"] = repeated(values, {"columns": "columns", "range": "range"})
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

@@ -57,9 +57,14 @@ class ModelConfig(Options, section="model"):
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
 
     @property
+    def bag_of(self) -> int:
+        """Channels that are seen one by one; 0: they are seen together."""
+        return 0 if self.channels == "joint" else self.in_channels
+
+    @property
     def crop_channels(self) -> int:
         """Those of a crop in training: of a bag, one."""
-        return self.in_channels if self.channels == "joint" else 1
+        return 1 if self.bag_of else self.in_channels
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class LossConfig(Options, section="loss"):
     gram_size: int | None = option(
         None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
     )
+    paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -114,6 +120,7 @@ class LossConfig(Options, section="loss"):
             "diet": self.diet_weight,
             "anchor": self.anchor_weight,
             "gram": self.gram_weight,
+            "paka": self.paka_weight,
         }
 
     @property
@@ -121,10 +128,10 @@ class LossConfig(Options, section="loss"):
         """Whether a loss holds the student to a network that does not learn."""
         return self.anchor_weight + self.gram_weight > 0
 
-    @property
-    def anchor_size(self) -> int | None:
-        """Pixels a side of crops that are cut for the network held to; None: it sees those of the student."""
-        return self.gram_size if self.gram_weight > 0 else None
+    def clean_size(self, global_size: int) -> int | None:
+        """Pixels a side at which global crops of `global_size` are cut once more, undistorted; None: they are not."""
+        gram_size = self.gram_size if self.gram_weight > 0 else None
+        return gram_size or (global_size if self.paka_weight > 0 else None)
 
     @property
     def distils(self) -> bool:
@@ -357,9 +364,11 @@ class Config(Options):
             raise UserError("resume and overwrite: give one of the two")
         if self.distill is not None:
             without = "0 with distill=, whose network says what features should be"
-            for key in ("anchor_weight", "gram_weight", "diet_weight"):
+            for key in ("anchor_weight", "gram_weight", "paka_weight", "diet_weight"):
                 check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
             check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
+        without = "0 without local crops (crops.num_local=0)"
+        check(self.crops.num_local > 0 or not self.loss.paka_weight, "loss.paka_weight", self.loss.paka_weight, without)
         if self.init is not None and not self.loss.distils:
             check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)
@@ -454,9 +463,7 @@ def _check_model(config: Config) -> None:
     fits = f"one number, or one for each of the {channels} channels (model.in_channels)"
     if seen != "joint":
         fits = f"one number, which holds for all channels with model.channels={seen}"
-        check(
-            config.loss.diet_weight == 0, "loss.diet_weight", config.loss.diet_weight, f"0 with model.channels={seen}"
-        )
+        check(config.loss.diet_weight == 0, "loss.diet_weight", config.loss.diet_weight, f"0 with channels={seen}")
     shipped = AugmentSettings()  # of RGB; for other channels it stands for what is measured when the run begins
     for key, values in ("mean", config.augment.mean), ("std", config.augment.std):
         check(len(values) in (1, channels) or values == getattr(shipped, key), f"augment.{key}", values, fits)

@@ -112,6 +112,17 @@ def _draw_sensor(out: np.ndarray, numbers: np.ndarray, settings: AugmentSettings
     out[..., P.END :] = (channels < settings.channel_drop) & (channels < channels.max(axis=-1, keepdims=True))
 
 
+def orientations(params: np.ndarray) -> np.ndarray:
+    """How the drawn mirrors and turns move places in a crop, (x, y) from its centre, to where they are seen.
+
+    params   (..., P.END or more)
+    returns  (..., 2, 2) matrices of 0, 1 and -1
+    """
+    quarter = np.array([[0, 1], [-1, 0]])
+    turns = np.stack([np.linalg.matrix_power(quarter, count) for count in range(4)])[params[..., P.TURN].astype(int)]
+    return turns * (1 - 2 * params[..., None, [P.HFLIP, P.VFLIP]])
+
+
 def left_out(settings: AugmentSettings, in_channels: int) -> str:
     """In words which of the changes asked for are not made, as they need three channels; "" for none."""
     strengths = {"saturation": settings.saturation, "hue": settings.hue, "grayscale": settings.grayscale}

@@ -64,6 +64,23 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def places(boxes: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """Where the local crops of images lie in their global crops, as both are seen.
+
+    boxes    (B, V, 4) top, left, height and width of every view, the two global ones first
+    turns    (B, V, 2, 2) how the crops are mirrored and turned, see `augment.orientations`
+    returns  (2, L, B, 2, 3) float32: affine maps of places (x, y, 1) in a local crop to places (x, y) in a global one,
+             both -1 .. 1 from edge to edge, as `F.affine_grid` takes them
+    """
+    half = boxes[..., [3, 2]] / 2  # (B, V, 2), x before y from here on
+    centre = boxes[..., [1, 0]] + half
+    to_image = half[:, 2:, :, None] * turns[:, 2:].swapaxes(-2, -1)  # a turn's inverse, then pixels from the centre
+    to_global = turns[:, :2] / half[:, :2, None]  # (B, 2, 2, 2)
+    linear = np.einsum("bgij,bljk->glbik", to_global, to_image)
+    shift = np.einsum("bgij,bglj->glbi", to_global, centre[:, None, 2:] - centre[:, :2, None])
+    return np.concatenate([linear, shift[..., None]], axis=-1).astype(np.float32)
+
+
 def reduction_for(boxes: list[tuple[int, int, int, int]], sizes: list[int]) -> int:
     """The largest JPEG reduction (1, 2, 4 or 8) at which no box has fewer pixels a side than its crop."""
     slack = min(min(box[2], box[3]) / size for box, size in zip(boxes, sizes))

@@ -45,9 +45,8 @@ _LEAVE = 2.0  # seconds that workers have to end their image when a loader is cl
 T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
 _CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM, _CHANNEL_STREAM = 1, 2, 3, 4  # uses of the seed
-# A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
-# may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
-# interpreter lock.
+# A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding may
+# depend on the company of a crop; larger parts mean fewer, longer operations and less waiting for the interpreter lock.
 _PARTS_ON_CPU = 8
 _PARTS_PER_WORKER = 4
 
@@ -63,25 +62,20 @@ class Views:
     augment: AugmentSettings
     mask: MaskSettings
     patch_size: int
-    in_channels: int = 3
-    anchor_size: int | None = None  # at which the global crops are cut once more, undistorted
-    bag: bool = False  # all crops of an image are of one channel of it, drawn anew in every epoch
+    in_channels: int = 3  # of a crop
+    clean_size: int | None = None  # at which the global crops are cut once more, undistorted
+    related: bool = False  # whether it is told where the local crops lie in the global ones
+    bag_of: int = 0  # channels of an image, of which its crops show one, drawn anew in every epoch; 0: they show all
 
     def __post_init__(self) -> None:
-        if (self.anchor_size or 0) % self.patch_size:
-            raise UserError(f"loss.gram_size={self.anchor_size} is not divisible by the patch size {self.patch_size}")
-        for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
-            if size % self.patch_size and (name == "global_size" or self.crops.num_local):
-                raise UserError(f"crops.{name}={size} is not divisible by the patch size {self.patch_size}")
+        local_size = self.crops.local_size if self.crops.num_local else 0
+        sizes = {"crops.global_size": self.crops.global_size, "crops.local_size": local_size}
+        for key, size in {**sizes, "loss.gram_size": self.clean_size or 0}.items():
+            if size % self.patch_size:
+                raise UserError(f"{key}={size} is not divisible by the patch size {self.patch_size}")
         for name, values in (("mean", self.augment.mean), ("std", self.augment.std)):
-            if len(values) not in (1, self.crop_channels):
-                expected = f"expected 1 or {self.crop_channels} (channels)"
-                raise UserError(f"augment.{name} has {len(values)} values, {expected}")
-
-    @property
-    def crop_channels(self) -> int:
-        """Channels of a crop."""
-        return 1 if self.bag else self.in_channels
+            if len(values) not in (1, self.in_channels):
+                raise UserError(f"augment.{name} has {len(values)} values, expected 1 or {self.in_channels} (channels)")
 
     @property
     def sizes(self) -> list[int]:
@@ -92,7 +86,7 @@ class Views:
     def groups(self) -> list[tuple[int, int]]:
         """(crops of an image, pixels a side) of the global crops, of any local ones, and of those cut once more."""
         groups = [(2, self.crops.global_size), (self.crops.num_local, self.crops.local_size)]
-        return [(count, size) for count, size in (*groups, (2, self.anchor_size or 0)) if count and size]
+        return [(count, size) for count, size in (*groups, (2, self.clean_size or 0)) if count and size]
 
 
 def num_workers(workers: int | None, device: torch.device) -> int:
@@ -118,7 +112,8 @@ class Batch:
     position: int  # the sampler's position after this batch
     data_time: float  # seconds the consumer spent in asking for it
     checksums: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (B,) of their files; early on only
-    anchor_crops: Tensor | None = None  # (2B, C, H', W') the global crops once more: mirrored and normalised alone
+    clean_crops: Tensor | None = None  # (2B, C, H', W') the global crops once more: mirrored and normalised alone
+    places: Tensor | None = None  # (2, L, B, 2, 3) where the local crops lie in the global ones, see `crops.places`
 
 
 class _Slot:
@@ -128,7 +123,7 @@ class _Slot:
     """
 
     def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
-        channels = views.crop_channels
+        channels = views.in_channels
         self.groups = [
             torch.empty(count * batch_size, size, size, channels, dtype=dtype, pin_memory=pinned).permute(0, 3, 1, 2)
             for count, size in views.groups
@@ -153,6 +148,8 @@ class _Job:
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
     hidden: np.ndarray = field(init=False)  # masked patches of each crop
+    cut: np.ndarray = field(init=False)  # (B, V, 4) boxes as they were cut, of related views
+    turns: np.ndarray = field(init=False)  # (B, V, 2, 2) how they are mirrored and turned, likewise
     checksums: np.ndarray = field(init=False)  # (B,), or (0,) once enough images have been compared
     augmented: list[Tensor] = field(init=False)  # on a CPU: float32 crops of each group
     bad: dict[str, str] = field(default_factory=dict)  # name -> reason
@@ -256,14 +253,16 @@ class _Engine:
             return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
-        job.channels = (numbers(_CHANNEL_STREAM, 1)[:, 0, 0] * self.views.in_channels).astype(np.int64)
+        job.channels = (numbers(_CHANNEL_STREAM, 1)[:, 0, 0] * self.views.bag_of).astype(np.int64)
         augment, of_sensor = self.views.augment, None
         if augment.of_sensor:
-            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.crop_channels)
+            of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.in_channels)
         drawn = numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW)
         colours = photometric.draw_photometric(drawn, augment, of_sensor)
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
-        if self.views.anchor_size is not None:
+        if self.views.related:
+            job.cut, job.turns = np.zeros((batch, num_views, 4)), photometric.orientations(colours)
+        if self.views.clean_size is not None:
             mirrored = np.zeros_like(job.colours[0])
             flips = [photometric.P.HFLIP, photometric.P.VFLIP, photometric.P.TURN]
             mirrored[:, flips] = job.colours[0][:, flips]
@@ -318,22 +317,24 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        options = self.options
-        image = self.source.image(sample, self.views.in_channels, options.max_pixels, options.reference_decode)
+        options, channels = self.options, self.views.bag_of or self.views.in_channels
+        image = self.source.image(sample, channels, options.max_pixels, options.reference_decode)
         if len(job.checksums):
             job.checksums[row] = image.checksum()
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
-        sizes, again = self.views.sizes, 0 if self.views.anchor_size is None else 2
+        sizes, again = self.views.sizes, 0 if self.views.clean_size is None else 2
         boxes += boxes[:again]
         reduction = 1
         if options.reduced_decode and image.format == "JPEG":
-            reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.anchor_size or 0] * again])
+            reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.clean_size or 0] * again])
         pixels = image.pixels(reduction)
-        if self.views.bag:
+        if self.views.bag_of:
             pixels = pixels[job.channels[row]][None]
         if reduction > 1:
             height, width = pixels.shape[1:]
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
+        if self.views.related:
+            job.cut[row] = boxes[: len(sizes)]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
 
@@ -476,7 +477,8 @@ class BatchLoader:
             position,
             data_time=0,
             checksums=job.checksums,
-            anchor_crops=None if self.views.anchor_size is None else crops[-1],
+            clean_crops=None if self.views.clean_size is None else crops[-1],
+            places=self._send(torch.from_numpy(geometry.places(job.cut, job.turns))) if self.views.related else None,
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def with_statistics(config: Config, source: Source, before: Config | None = None
         return replace(config, augment=replace(given, **{key: getattr(before.augment, key) for key in unknown})), []
     found = survey(source, channels, _MEASURED)
     mean, std = np.array(found.mean), np.array(found.std)
-    if config.model.channels != "joint":
+    if config.model.bag_of:
         mean, std = mean.mean(keepdims=True), np.sqrt((std**2 + mean**2).mean(keepdims=True) - mean.mean() ** 2)
     measured = {"mean": mean, "std": std}
     values: dict[str, Any] = {key: tuple(measured[key].round(4).tolist()) for key in sorted(unknown)}

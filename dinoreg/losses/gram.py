@@ -21,7 +21,7 @@ def gram_loss(patches: Tensor, anchors: Tensor) -> Tensor:
     returns  ()          float32 (float64 for float64 patches); in [0, 4], 0 where all cosines agree
     """
     with torch.autocast(patches.device.type, enabled=False):
-        dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(patches.dtype, torch.float32)
         unit = (F.normalize(tokens.to(dtype), dim=-1) for tokens in (patches, anchors.detach()))
         return _GramDistance.apply(*unit)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -80,8 +80,8 @@ class Operations:
     """Floating-point operations of a training step per image.
 
     student    backbone on all crops, forward and backward
-    teacher    backbone on the global crops
-    heads      of student and teacher
+    teacher    backbone on the global crops, for PaKA on undistorted ones, too
+    heads      of student and teacher, and products of losses but KoLeo
     again      repeated or additional forward passes: recomputed blocks, an anchor, KoLeo's pass over micro-batches
     tutor      frozen network of `distill=` on the same crops
     attention  products with (T, T) matrices; included in the others
@@ -138,7 +138,8 @@ def _crops_ahead(job: Job) -> int:
     """Bytes of the crops of all batches that a process prepares ahead: bytes, and on a CPU the augmented floats."""
     config = job.config
     crops, _ = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
-    pixels = 2 * (crops.global_size**2 + (config.loss.anchor_size or 0) ** 2) + crops.num_local * crops.local_size**2
+    clean_size = config.loss.clean_size(crops.global_size) or 0
+    pixels = 2 * (crops.global_size**2 + clean_size**2) + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
     return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.crop_channels * each
 

@@ -72,8 +72,8 @@ def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any],
 class Recorder(TorchDispatchMode):
     """A context that records storages and operations of a training step.
 
-    operations  {"student" | "teacher" | "heads" | "again" | "tutor" | "KoLeo" | "attention": operations}; "again"
-                are repeated or additional forward passes, "attention" is included in the others
+    operations  {"student" | "teacher" | "heads" | "again" | "tutor" | "KoLeo" | "attention": operations}; "heads" with
+                losses but KoLeo, "again" are repeated or additional forward passes, "attention" is included in others
     """
 
     def __init__(self, prototypes: Collection[int], koleo_images: int) -> None:
@@ -241,7 +241,7 @@ class Recorder(TorchDispatchMode):
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)
         out = func(*args, **kwargs)
-        self._count(func.overloadpacket, count_operations(func.overloadpacket, args, kwargs, out))
+        self._count(func.overloadpacket, count_operations(func.overloadpacket, args, kwargs, out), out)
         before = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(out):
             # A view of what no step has made, such as what positions are resampled with, is no tensor of a step's.
@@ -257,16 +257,22 @@ class Recorder(TorchDispatchMode):
                     self._relabel(tensor, part)
         return out
 
-    def _count(self, function: Any, operations: int) -> None:
+    def _count(self, function: Any, operations: int, out: Any) -> None:
         if not operations:
             return
         owner = self._owners[-1]
+        if owner == "step" and self._between == "KoLeo" and not self._compares(function, out):
+            owner = "heads"  # products of another loss
         if _in_backward() and owner != "again":
             owner = "heads" if self._moment == STUDENT else "student"
         kind = {"teacher's heads": "heads", "student's heads": "heads", "step": self._between}.get(owner, owner)
         self.operations[kind] += operations
-        if function in _ATTENTION and kind != "KoLeo":
+        if function in _ATTENTION and kind not in ("KoLeo", "heads"):
             self.operations["attention"] += operations
+
+    def _compares(self, function: Any, out: Tensor) -> bool:
+        """Whether a product is that of all pairs of class tokens, of KoLeo."""
+        return function is aten.bmm and out.shape == (2, *(self._koleo_images,) * 2)
 
     def _part_of(self, func: Any, args: Sequence[Any], tensor: Tensor) -> str:
         """The part that a new tensor belongs to."""
@@ -279,7 +285,7 @@ class Recorder(TorchDispatchMode):
             return WORKING
         if owner == "step" and tensor.ndim == 4 and self._between == "KoLeo":
             return "crops"  # of a micro-batch
-        if owner == "step" and func is aten.bmm.default and tensor.shape == (2, *(self._koleo_images,) * 2):
+        if owner == "step" and self._compares(func.overloadpacket, tensor):
             return "similarities for KoLeo"
         return {"student": "activations of the backbone", "student's heads": "activations of the heads"}.get(
             owner, WORKING

@@ -11,7 +11,7 @@ import torch
 from dinoreg.config.load import BUDGETS, Config, load_config
 from dinoreg.config.option import keys_of, read
 from dinoreg.config.plan_options import PlanOptions
-from dinoreg.data.loader import Views, num_workers, seconds_per_image
+from dinoreg.data.loader import num_workers, seconds_per_image
 from dinoreg.data.open import open_source
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.plan.advice import remedies, smallest
@@ -32,7 +32,7 @@ from dinoreg.plan.traffic import Step, collectives, step_of
 from dinoreg.runtime.environment import busy, usable_cores
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.templates import render
-from dinoreg.train.tutor import as_cut
+from dinoreg.train.tutor import views_of
 
 # Images of 500 x 375 pixels that one core decodes and crops in a second (docs/results/benchmarks.md).
 IMAGES_PER_CORE = 480.0
@@ -182,9 +182,7 @@ def _loading(job: Job, source: Source | None, notes: list[str]) -> float | None:
         return None
     config = job.config
     try:
-        channels, bag = config.model.in_channels, config.model.channels != "joint"
-        crops, patch_size = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
-        views = Views(crops, config.augment, config.mask, patch_size, channels, bag=bag)
+        views = views_of(config, config.crops, job.sizes.networks.backbone.patch_size, job.sizes.tutor)
         return seconds_per_image(source, views, config.data, augmented=job.device.kind == "cpu")
     except (UserError, RunError) as error:
         notes.append(f"No image could be loaded here: {error}")

@@ -55,9 +55,8 @@ def masked_batch(
     weights  (M,)           of the masked patches, see `Batch`
     hidden   (2B,) int64    masked patches of each crop
     """
-    count = config.batch_size
-
-    anchor_size = config.loss.anchor_size
+    count, clean_size = config.batch_size, config.loss.clean_size(crops.global_size)
+    related = config.loss.paka_weight > 0
 
     def pixels(rows: int, size: int) -> Tensor:
         return torch.randn(rows, config.model.crop_channels, size, size, device=mask.device)
@@ -72,5 +71,6 @@ def masked_batch(
         sample_ids=np.arange(count),
         position=count,
         data_time=0.0,
-        anchor_crops=pixels(2 * count, anchor_size) if anchor_size else None,
+        clean_crops=pixels(2 * count, clean_size) if clean_size else None,
+        places=torch.eye(2, 3, device=mask.device).repeat(2, crops.num_local, count, 1, 1) if related else None,
     )

@@ -100,8 +100,9 @@ def _weights(job: Job) -> list[Collective]:
     found = [Collective("student's weights, all-gather", student, calls, *group, 1, True)]
     if sizes.tutor is None:  # with one, the moving average sees no pictures
         found.append(Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True))
-    if job.config.loss.anchored:
-        found.append(Collective("anchor's weights, all-gather", parts * backbone, parts * blocks, *group, 1, True))
+    if again := parts * (job.config.loss.anchored + (job.config.loss.paka_weight > 0)):
+        name = "weights that see global crops again, all-gather"
+        found.append(Collective(name, again * backbone, again * blocks, *group, 1, True))
     reduced = parts * DTYPES[options.reduce_dtype].itemsize * job.padded()
     found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
     copies = (job.copies, max(1, job.gpus // job.shard_size))

@@ -47,8 +47,7 @@ def verdict(run: Run) -> Verdict:
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    config = flatten(run.config)
-    values = after_training(run.folder, config.get("probe.data"), config.get("data.source", config.get("data")))
+    values = after_training(run.folder, flatten(run.config))
     commands = f"Next: {'; '.join(next_commands('trained', values))}"
     if probed := [line for line in run.probe if is_number(line.get("knn_top1"))]:
         return judge_inside(probed[-1], commands, health(run))

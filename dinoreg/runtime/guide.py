@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Verbatim(str):
+    """A value that is quoted already."""
+
+
 def said_of(name: str, what: str) -> list[str]:
     """The lines on a verb: its usage, summary, details or examples; [] where there are none."""
     return _texts().get(name, what, fallback="").strip().splitlines()
@@ -20,6 +24,7 @@ def next_commands(name: str, values: Mapping[str, Any], case: str = "") -> list[
     case    which of several texts, the one without a case where it has none
     """
     known = {key: _quoted(value) for key, value in values.items() if value is not None}
+    known.setdefault("reading", "")
     known.setdefault("stem", Path(str(values.get("weights") or values.get("out") or "model")).name.replace(":", "-"))
     lines = said_of(name, f"next {case}" if _texts().has_option(name, f"next {case}") else "next")
     return [line.format_map(_OrCapitals(known)).strip() for line in lines]
@@ -30,19 +35,21 @@ def next_lines(name: str, values: Mapping[str, Any], case: str = "") -> list[str
     return [f"{'  or' if place else 'next'}: {each}" for place, each in enumerate(next_commands(name, values, case))]
 
 
-def after_training(run: object, labelled: Any, data: Any) -> dict[str, Any]:
+def after_training(run: object, config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the commands that follow a training.
 
-    run       its folder
-    labelled  its probe.data
-    data      its data.source
+    run     its folder
+    config  values by dotted key; data.source may be `data`
     """
+    labelled, data = config.get("probe.data"), config.get("data.source", config.get("data"))
     own = [each for each in (labelled, data) if isinstance(each, str) and each.partition(":")[0] != "scenes"]
-    return {"weights": run, "labelled": labelled if labelled in own else None, "images": own[0] if own else None}
+    found = {"weights": run, "labelled": labelled if labelled in own else None, "images": own[0] if own else None}
+    return found | {"reading": repeated(config, {"probe.columns": "columns", "probe.root": "own.root"})}
 
 
-class Verbatim(str):
-    """A value that is quoted already."""
+def repeated(values: Mapping[str, Any], keys: Mapping[str, str]) -> Verbatim:
+    """The given ones of `keys` as the next command needs them again: {their key here: their key there}."""
+    return Verbatim(" ".join(f"{there}={_quoted(values[here])}" for here, there in keys.items() if values.get(here)))
 
 
 class _OrCapitals(dict[str, str]):

@@ -22,6 +22,7 @@ import torch
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
+from dinoreg.config.option import flat
 from dinoreg.data.loader import Batch, BatchLoader
 from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
@@ -104,7 +105,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
-            for line in next_lines("trained", after_training(out, config.probe.data, config.data.source)):
+            for line in next_lines("trained", after_training(out, flat(config))):
                 log.say(line)
     return out
 
@@ -180,7 +181,7 @@ def train(
     batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
-            if batches.views.crops is not setup.stage_of(state.step)[0]:
+            if batches.views is not setup.stage_of(state.step)[0]:
                 batches, pace = open_stage(setup, state, patience, batches)
             batch = next_batch(batches, state, patience, checkpoints)
             now = setup.schedules.at(state.step)
@@ -299,13 +300,13 @@ def open_stage(
 
     before  the loader of the stage before, which is closed; None: the run starts or resumes
     """
-    crops, end = setup.stage_of(state.step)
+    views, end = setup.stage_of(state.step)
     if before is not None:
         before.close()
         state.history["bad"] = dict(before.bad)
         if setup.config.model.compile:
             torch.compiler.reset()  # else what is compiled anew would be for crops of any size
-        sizes = f"{crops.global_size} and {crops.local_size} px"
+        sizes = f"{views.crops.global_size} and {views.crops.local_size} px"
         patience.log.say(f"step {state.step}: from here to step {end} crops of {sizes}")
     loader = setup.batches(state).when_waiting(patience.for_data)
     return loader, Pace(setup.outlook, end, patience.log, setup.device)

@@ -31,6 +31,7 @@ LOSS_NAMES = {
     "diet_loss": "diet",
     "anchor_loss": "anchor",
     "gram_loss": "gram",
+    "paka_loss": "paka",
     "distill_cls_loss": "distill_cls",
     "distill_patch_loss": "distill_patch",
 }

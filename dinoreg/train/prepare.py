@@ -16,7 +16,6 @@ from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
 from dinoreg.config.presets import PRESETS
-from dinoreg.config.view_settings import CropSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
@@ -39,7 +38,7 @@ from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
 from dinoreg.train.trackers import check_trackers
-from dinoreg.train.tutor import Tutor, as_cut, load_tutor
+from dinoreg.train.tutor import Tutor, load_tutor, views_of
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
@@ -99,13 +98,13 @@ class Setup:
         return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
 
     @cached_property
-    def stages(self) -> dict[int, CropSettings]:
-        """{first step: crops, as they are cut} of the stages of the run, in order."""
+    def stages(self) -> dict[int, Views]:
+        """{first step: what is made of an image} of the stages of the run, in order."""
         stages, patch_size = self.config.stages(self.num_steps), self.student.backbone.patch_size
-        return {first: as_cut(self.tutor, crops, patch_size)[0] for first, crops in stages.items()}
+        return {first: views_of(self.config, crops, patch_size, self.tutor) for first, crops in stages.items()}
 
-    def stage_of(self, step: int) -> tuple[CropSettings, int]:
-        """The crops of the stage that `step` is in, and the step with which it ends."""
+    def stage_of(self, step: int) -> tuple[Views, int]:
+        """What is made of an image in the stage that `step` is in, and the step with which it ends."""
         last = max(first for first in self.stages if first <= step)
         return self.stages[last], min((first for first in self.stages if first > step), default=self.num_steps)
 
@@ -127,14 +126,9 @@ class Setup:
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
         config = self.config
-        crops, _ = self.stage_of(state.step)
-        _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        looks = crops, config.augment, config.mask
-        channels = config.model.in_channels, config.loss.anchor_size, config.model.channels != "joint"
-        views = Views(*looks, patch_size, *channels)
         loader = BatchLoader(
             self.source,
-            views,
+            self.stage_of(state.step)[0],
             config.data,
             deep=self.deep,
             batch_size=config.batch_size,
@@ -250,7 +244,7 @@ def _probes(config: Config, source: Source, patch_size: int) -> tuple[Probe | No
 def _stages(setup: Setup) -> list[str]:
     """A line on the stages of the run, or [] where it has one."""
     ends = [*setup.stages][1:]
-    words = [f"{crops.global_size} and {crops.local_size} px" for crops in setup.stages.values()]
+    words = [f"{views.crops.global_size} and {views.crops.local_size} px" for views in setup.stages.values()]
     parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
     return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
 

@@ -8,10 +8,8 @@ global crops and clean local ones. A step computed in micro-batches has the stat
 computed for all of it before the student starts, and KoLeo searches neighbours in all of it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +23,11 @@ from dinoreg.losses.dino import dino_loss
 from dinoreg.losses.gram import gram_loss, on_grid
 from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
+from dinoreg.losses.paka import overlapping, paka_loss
+from dinoreg.models.vit import ChosenTokens
 from dinoreg.runtime.device import autocast
 from dinoreg.train.distill import distill_backward
+from dinoreg.train.micro_batch import MicroBatch, micro_batches, restore
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
 from dinoreg.train.parallelize import Modules, reshard, without_reduction
 from dinoreg.train.schedules import Now
@@ -59,9 +60,9 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "gram", "total"}, each (): as optimised,
-              weights included, means over the batches of all processes; those with a weight of 0 are left out. With a
-              tutor {"distill_cls", "distill_patch", "total"}
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "gram", "paka", "total"}, each (): as
+              optimised, weights included, means over the batches of all processes; those with a weight of 0 are left
+              out. With a tutor {"distill_cls", "distill_patch", "total"}
     norms     {"grad_norm_backbone", …}, each (): before clipping, of the modules with gradients
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     targets   None where no loss has any
@@ -74,55 +75,22 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """A part of a batch: the global and local crops of some images (b of them), and where its rows are in the batch."""
+class Held:
+    """What tokens are held to besides targets, and what sums over a micro-batch are divided by; None: no such loss.
 
-    global_crops: Tensor  # (2b, C, H, W)
-    local_crops: Tensor | None  # (L·b, C, h, w)
-    mask: Tensor  # (2b, N)
-    mask_indices: Tensor  # (m,) into 2b·N
-    mask_weights: Tensor  # (m,)
-    rows: Tensor | slice  # (2b,) rows of the whole batch's global crops
-    masked_rows: Tensor | slice  # (m,) rows of the whole batch's masked patches
-    images: np.ndarray  # (b,) int64, their numbers in the data
-    anchor_crops: Tensor | None = None  # (2b, C, H', W'), see `Batch`
-
-
-def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
-    """Cut a batch into `count` parts of equally many images, every view of an image in the same part.
-
-    count  divides the number of images B
+    anchor          the frozen backbone of loss.anchor_weight or loss.gram_weight, which sees global crops unmasked
+    teacher         the teacher's backbone, which sees undistorted global crops for loss.paka_weight
+    num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`
+    num_pairs ()    the same of pairs of crops that overlap, of `paka_loss`
     """
-    if count == 1:
-        tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
-        yield MicroBatch(*tensors, slice(None), slice(None), batch.sample_ids, batch.anchor_crops)
-        return
-    num_images = batch.global_crops.shape[0] // 2
-    num_patches = batch.mask.shape[1]
-    size = num_images // count
-    crop_of_patch = batch.mask_indices // num_patches
-    image_of_patch = crop_of_patch % num_images
-    hidden = batch.hidden.reshape(2, count, size).sum(axis=(0, 2))  # of each part; known here, so that nobody waits
-    for part in range(count):
-        images = torch.arange(part * size, (part + 1) * size, device=batch.global_crops.device)
-        rows = torch.cat([images, images + num_images])
-        masked_rows = torch.nonzero_static(image_of_patch // size == part, size=int(hidden[part]))[:, 0]
-        own_row = image_of_patch[masked_rows] - part * size + size * (crop_of_patch[masked_rows] // num_images)
-        local_crops = None
-        if batch.local_crops is not None:
-            views = batch.local_crops.unflatten(0, (-1, num_images))
-            local_crops = views[:, part * size : (part + 1) * size].flatten(0, 1)
-        yield MicroBatch(
-            batch.global_crops[rows],
-            local_crops,
-            batch.mask[rows],
-            own_row * num_patches + batch.mask_indices[masked_rows] % num_patches,
-            batch.mask_weights[masked_rows],
-            rows,
-            masked_rows,
-            batch.sample_ids[part * size : (part + 1) * size],
-            None if batch.anchor_crops is None else batch.anchor_crops[rows],
-        )
+
+    anchor: nn.Module | None = None
+    teacher: nn.Module | None = None
+    num_visible: Tensor | None = None
+    num_pairs: Tensor | None = None
+
+
+NOT_HELD = Held()
 
 
 def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
@@ -173,7 +141,7 @@ def teacher_targets(
         # A copy: a view would keep the patch tokens in memory for as long as the health checks hold the features.
         outputs.append((cls_part, patch_part, tokens.cls.float().clone()))
     cls_logits, patch_logits, features = (list(tensors) for tensors in zip(*outputs))
-    cls_all, patch_all = _restore(cls_logits, crops), _restore(patch_logits, masked)
+    cls_all, patch_all = restore(cls_logits, crops), restore(patch_logits, masked)
     next_centers = {}
     if loss.centering == "sinkhorn":
         dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations, ranks)
@@ -185,30 +153,27 @@ def teacher_targets(
             "dino": update_center(centers["dino"], cls_all, loss.center_momentum, ranks),
             "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum, ranks, loss.center_by_process),
         }
-    return Targets(dino, ibot, _restore(features, crops), next_centers)
+    return Targets(dino, ibot, restore(features, crops), next_centers)
 
 
-def _restore(parts: list[Tensor], rows: list[Tensor | slice]) -> Tensor:
-    """Put the rows of micro-batches back in the order of the batch."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)[torch.cat([row for row in rows if isinstance(row, Tensor)]).argsort()]
-
-
-def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+def student_inputs(part: MicroBatch, held: Held) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
     """The student backbone's input: groups of crops, their masks, and the indices of the patches that losses need.
 
-    anchored  add the indices of the unmasked patches, which the anchor loss needs, to those of the masked ones
+    held      to an anchor: the unmasked patches are needed after the masked ones; to the teacher: all of local crops
     returns   three lists with one entry per group, the global crops and, if there are any, the local crops:
-              images (2b, C, H, W) and (L*b, C, h, w), masks (2b, N) bool and None, patch indices (m,) and (0,) int64
+              images (2b, C, H, W) and (L*b, C, h, w), masks (2b, N) bool and None, patch indices (m,) and (n,) int64
     """
     patches = part.mask_indices
-    if anchored:
+    if held.anchor is not None:
         visible = (~part.mask).flatten()
         patches = torch.cat([patches, torch.nonzero_static(visible, size=len(visible) - len(patches))[:, 0]])
     if part.local_crops is None:
         return [part.global_crops], [part.mask], [patches]
-    return [part.global_crops, part.local_crops], [part.mask, None], [patches, patches[:0]]
+    local_patches = patches[:0]
+    if held.teacher is not None:
+        pixels = part.global_crops[:, 0].numel() // part.mask.numel()  # of a patch
+        local_patches = torch.arange(part.local_crops[:, 0].numel() // pixels, device=patches.device)
+    return [part.global_crops, part.local_crops], [part.mask, None], [patches, local_patches]
 
 
 def student_losses(
@@ -217,23 +182,20 @@ def student_losses(
     targets: Targets | None,
     loss: LossConfig,
     dtype: torch.dtype,
-    anchor: nn.Module | None = None,
+    held: Held = NOT_HELD,
     frozen: bool = False,
-    num_visible: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of a micro-batch, and the student's global class tokens (2b, D).
 
     targets         None where no loss has any
     dtype           of autocast
-    anchor          the frozen backbone that a loss holds to, which sees the global crops unmasked; None: no such loss
+    held            what the tokens are held to besides
     frozen          no gradient goes to the backbone, only to the heads
-    num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`; None:
-                    that of this micro-batch
     seen            (I, D) of `diet_loss`; None: no such loss
-    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet", "anchor" and "gram", each () float32
+    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet", those of `held_losses`, each () float32
     """
-    groups, masks, patches = student_inputs(part, anchor is not None)
+    groups, masks, patches = student_inputs(part, held)
     num_masked = len(part.mask_indices)
     with autocast(part.global_crops.device, dtype):
         with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
@@ -252,18 +214,45 @@ def student_losses(
     if seen is not None:
         crops, images = torch.cat(cls_tokens), torch.from_numpy(part.images).to(seen.device, non_blocking=True)
         losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
-    if anchor is None:
-        return losses, global_tokens
-    with torch.no_grad(), autocast(part.global_crops.device, dtype):
-        anchored = anchor(part.global_crops if part.anchor_crops is None else part.anchor_crops)
-    if loss.gram_weight > 0:
-        own = tokens[0].patches.new_empty(part.mask.numel(), global_tokens.shape[1])
-        own = own.index_copy(0, patches[0], tokens[0].patches).unflatten(0, part.mask.shape)
-        losses["gram"] = gram_loss(own, on_grid(anchored.patches, round(part.mask.shape[1] ** 0.5)))
-    else:
-        anchor_patches = anchored.patches.flatten(0, 1)[patches[0][num_masked:]]
-        losses["anchor"] = anchor_loss(global_tokens, visible, anchored.cls, anchor_patches, num_visible)
-    return losses, global_tokens
+    return losses | held_losses(part, tokens, patches[0], visible, loss, dtype, held), global_tokens
+
+
+def held_losses(
+    part: MicroBatch,
+    tokens: list[ChosenTokens],
+    indices: Tensor,
+    visible: Tensor,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    held: Held,
+) -> dict[str, Tensor]:
+    """The unweighted losses of a micro-batch to what it is held to: {"anchor", "gram", "paka"}, those that are on.
+
+    tokens   of the student, of the global crops and, for "paka", of the local ones with all their patches
+    indices  (m,) int64 of the patches in tokens[0], into 2b·N
+    visible  (v, D) the last of them, which are not masked
+    dtype    of autocast
+    """
+    losses: dict[str, Tensor] = {}
+    device = part.global_crops.device
+    if held.anchor is not None:
+        crops = part.clean_crops if loss.gram_weight > 0 and loss.gram_size is not None else part.global_crops
+        with torch.no_grad(), autocast(device, dtype):
+            anchored = held.anchor(crops)
+        if loss.gram_weight > 0:
+            own = tokens[0].patches.new_empty(part.mask.numel(), tokens[0].patches.shape[1])
+            own = own.index_copy(0, indices, tokens[0].patches).unflatten(0, part.mask.shape)
+            losses["gram"] = gram_loss(own, on_grid(anchored.patches, round(part.mask.shape[1] ** 0.5)))
+        else:
+            anchor_patches = anchored.patches.flatten(0, 1)[indices[len(part.mask_indices) :]]
+            losses["anchor"] = anchor_loss(tokens[0].cls, visible, anchored.cls, anchor_patches, held.num_visible)
+    if held.teacher is not None:
+        assert part.places is not None
+        assert held.num_pairs is not None
+        with torch.no_grad(), autocast(device, dtype):
+            (seen,) = held.teacher([part.clean_crops])
+        losses["paka"] = paka_loss(tokens[1].patches, seen.patches, part.places, held.num_pairs)
+    return losses
 
 
 def koleo_of_views(features: Tensor) -> Tensor:
@@ -295,6 +284,23 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, r
     return value.detach(), size * gradient.unflatten(1, (size, -1))[:, own].flatten(0, 1)
 
 
+def held_to(state: TrainState, batch: Batch, loss: LossConfig, accumulate: int, gram: bool) -> Held:
+    """What a step is held to; every process calls this.
+
+    accumulate  number of micro-batches
+    gram        whether `loss.gram_weight` counts by now
+    """
+    anchor = state.anchor if loss.anchor_weight > 0 or gram else None
+    teacher = num_visible = num_pairs = None
+    if anchor is not None and loss.anchor_weight > 0:
+        num_visible = state.ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate
+    if loss.paka_weight > 0:
+        assert batch.places is not None
+        teacher = state.teacher["backbone"]
+        num_pairs = state.ranks.all_reduce_mean(overlapping(batch.places).sum().float()) / accumulate
+    return Held(anchor, teacher, num_visible, num_pairs)
+
+
 def backward(
     state: TrainState,
     batch: Batch,
@@ -321,32 +327,26 @@ def backward(
     take part in the same way.
     """
     weights = loss.weights
-    anchor = state.anchor if (loss.anchor_weight > 0 or gram) and not frozen else None
+    held = NOT_HELD if frozen else held_to(state, batch, loss, accumulate, gram)
     parts, ranks = list(micro_batches(batch, accumulate)), state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
-    num_visible = None
-    if anchor is not None and loss.anchor_weight > 0:
-        num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate
-    koleo = loss.koleo_weight > 0
+    koleo, search = loss.koleo_weight > 0, (loss.koleo_weight, loss.koleo_ranks, ranks)
     alone = accumulate == 1 and ranks.world_size == 1  # then autograd sees all of KoLeo's batch
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
     if koleo and accumulate > 1:
-        features = _class_tokens(state.student, parts, dtype, seeds, anchor is not None)
-        totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks, ranks)
+        features = _class_tokens(state.student, parts, dtype, seeds, held)
+        totals["koleo"], koleo_gradient = koleo_of_processes(features, *search)
     for index, part in enumerate(parts):
         torch.manual_seed(seeds[index])
         with without_reduction(state.train_modules, index + 1 < len(parts)):
-            losses, cls_tokens = student_losses(
-                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible, state.seen
-            )
+            networks = state.train_modules
+            losses, cls_tokens = student_losses(networks, part, targets, loss, dtype, held, frozen, state.seen)
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
                 share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
             elif koleo and accumulate == 1:
-                totals["koleo"], koleo_gradient = koleo_of_processes(
-                    cls_tokens, loss.koleo_weight, loss.koleo_ranks, ranks
-                )
+                totals["koleo"], koleo_gradient = koleo_of_processes(cls_tokens, *search)
             objective = torch.stack(list(share.values())).sum()
             if koleo_gradient is not None:
                 objective = objective + (cls_tokens.float() * koleo_gradient[part.rows]).sum()
@@ -361,7 +361,7 @@ def backward(
 
 @torch.no_grad()
 def _class_tokens(
-    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seeds: list[int], anchored: bool
+    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seeds: list[int], held: Held
 ) -> Tensor:
     """The student's global class tokens (2B, D) float32, equal to those of the passes with gradient."""
     tokens = []
@@ -369,8 +369,8 @@ def _class_tokens(
         torch.manual_seed(seed)
         # The local crops take part so that drop path consumes the same random numbers in both passes.
         with autocast(part.global_crops.device, dtype):
-            tokens.append(student["backbone"](*student_inputs(part, anchored))[0].cls.float())
-    return _restore(tokens, [part.rows for part in parts])
+            tokens.append(student["backbone"](*student_inputs(part, held))[0].cls.float())
+    return restore(tokens, [part.rows for part in parts])
 
 
 def micro_batch_seed(seed: int, index: int, rank: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinoreg.config.load import Config
 from dinoreg.config.view_settings import CropSettings
+from dinoreg.data.loader import Views
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.models.registry import parse_name
@@ -70,6 +71,20 @@ def as_cut(tutor: Tutor | None, crops: CropSettings, patch_size: int) -> tuple[C
     if tutor is None or tutor.size <= tutor.student_size:
         return crops, patch_size
     return replace(crops, global_size=tutor.size), tutor.encoder.patch_size
+
+
+def views_of(config: Config, crops: CropSettings, patch_size: int, tutor: Tutor | None) -> Views:
+    """What the loader of a run makes of an image.
+
+    crops       of the stage that the run is in
+    patch_size  pixels, of the student
+    raises      UserError for settings that do not fit together
+    """
+    crops, patch_size = as_cut(tutor, crops, patch_size)
+    loss, model = config.loss, config.model
+    clean_size, related = loss.clean_size(crops.global_size), loss.paka_weight > 0
+    seen = model.crop_channels, clean_size, related, model.bag_of
+    return Views(crops, config.augment, config.mask, patch_size, *seen)
 
 
 def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tutor | None:
