@@ -164,7 +164,7 @@ def column_names(text: str, key: str) -> dict[str, list[str]]:
     for part in next(csv.reader([text], skipinitialspace=True), []):
         role, colon, name = (piece.strip() for piece in part.partition(":"))
         if role not in _ROLES or not colon or not name or (role == "split" and role in found):
-            form = "path:NAME,label:NAME,split:NAME; several labels where there are, and paths of a file a channel"
+            form = "columns as path:NAME,label:NAME,split:NAME; path and label more than once where there are several"
             raise UserError(f"{key}={text}: {part!r}, expected {form}")
         found.setdefault(role, []).append(name)
     return found
