@@ -30,8 +30,8 @@ from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_precision
-from dinoreg.train.class_probe import build_probe
 from dinoreg.train.loop import pretrain
+from dinoreg.train.probes import build_probe
 from dinoreg.weights.load import load
 
 CONFIG, CPU = "distill_vitt16_reg4", torch.device("cpu")

@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {"as asked": {}, "small model": SMALL}
 def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     """One model with its loader, warmed up; see `measure.serve`."""
     from dinoreg.config.load import load_config
-    from dinoreg.train.prepare import prepare
+    from dinoreg.train.prepare import Setup
     from dinoreg.train.step import train_step
 
     overrides = {
@@ -46,13 +46,13 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     overrides |= {f"model.{key}": settings[key] for key in ("dim", "depth", "heads") if settings.get(key)}
     overrides |= {f"crops.{key}": settings[key] for key in ("global_size", "num_local") if settings.get(key)}
     config = load_config(None, overrides)
-    setup = prepare(config)
+    setup = Setup(config)
     state = setup.new_state()
     batches = setup.batches(state)
-    options = {"loss": config.loss, "dtype": setup.dtype, "clip_grad": config.optim.clip_grad}
+    options = {"loss": config.loss, "dtype": setup.dtype, "optim": config.optim}
 
     def step(batch: Any) -> None:
-        train_step(state, batch, setup.schedules.at(state.step), **options, accumulate=1, seed=config.seed)
+        train_step(state, batch, setup.schedules.at(state.step), **options, seed=config.seed)
 
     kept = next(batches)
 

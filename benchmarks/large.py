@@ -43,12 +43,12 @@ def memory(key: str) -> float:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[float]]:
-    """The process's own memory in GiB, five times a second while the body runs."""
+def watched(period: float = 0.2) -> Iterator[list[float]]:
+    """The process's own memory in GiB, every `period` seconds while the body runs."""
     seen, done = [memory("RssAnon")], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.2):
+        while not done.wait(period):
             seen.append(memory("RssAnon"))
 
     thread = threading.Thread(target=watch, daemon=True)

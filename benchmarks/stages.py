@@ -54,13 +54,13 @@ def stepper(config: Any) -> measure.Inline:
     from dinoreg.plan.devices import cpu_device
     from dinoreg.plan.job import describe
     from dinoreg.plan.memory import operations_of
-    from dinoreg.train.prepare import prepare
+    from dinoreg.train.prepare import Setup
     from dinoreg.train.step import train_step
 
-    setup = prepare(config)
+    setup = Setup(config)
     state = setup.new_state()
     batches = setup.batches(state)
-    options = {"loss": config.loss, "dtype": setup.dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1}
+    options = {"loss": config.loss, "dtype": setup.dtype, "optim": config.optim}
 
     def step() -> None:
         train_step(state, next(batches), setup.schedules.at(state.step), **options, seed=0)

@@ -56,7 +56,7 @@ def build(settings: dict[str, Any]) -> Any:
     from dinoreg.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_precision
     from dinoreg.train.parallelize import compile_blocks
     from dinoreg.train.schedules import Now
-    from dinoreg.train.state import build_networks, build_state
+    from dinoreg.train.state import TrainState, build_networks
     from dinoreg.train.step import train_step
 
     config = load_config(
@@ -82,12 +82,12 @@ def build(settings: dict[str, Any]) -> Any:
     if device.type == "cpu":
         keep_freed_memory()
     student, teacher = build_networks(config)
-    state = build_state(config, student, teacher, device, dtype)
+    state = TrainState(config, student, teacher, device, dtype)
     if config.model.compile:
         compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
-    options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
+    options = {"loss": config.loss, "dtype": dtype, "optim": config.optim, "seed": 0}
 
     here = local_device()
     operations = operations_of(describe(config, 1, 1, here)).total  # of one image

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoreg.commands.curate import curate
     from dinoreg.commands.embed import embed
     from dinoreg.commands.evaluate import evaluate
+    from dinoreg.commands.export import export
     from dinoreg.commands.inspect import inspect
     from dinoreg.commands.registers import registers
     from dinoreg.commands.verdict import verdict
     from dinoreg.commands.view import view
     from dinoreg.evaluation.backbones.open import transform
-    from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.plan.run import plan
@@ -37,15 +38,17 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["embed", "inspect", "plan", "registers", "runs", "select_channels", "transform", "verdict", "view"]
+__all__ += ["curate", "embed", "inspect", "plan", "registers", "runs", "select_channels"]
+__all__ += ["transform", "verdict", "view"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
+    "curate": "dinoreg.commands.curate",
     "embed": "dinoreg.commands.embed",
     "evaluate": "dinoreg.commands.evaluate",
-    "export": "dinoreg.export.run",
+    "export": "dinoreg.commands.export",
     "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
     "plan": "dinoreg.plan.run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dinoreg.config.load import Config, load_config
 from dinoreg.losses.diet import TEMPERATURE, diet_loss
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 from dinoreg.train.schedules import Now
 from dinoreg.train.step import train_step
 from dinoreg.weights.load import load
@@ -75,10 +76,10 @@ def test_diet_is_the_log_probability_of_the_image_among_all_by_cosines_about_the
 
 def test_frozen_blocks_have_no_gradient_no_moments_and_an_unmoved_teacher(first: Path, tmp_path: Path) -> None:
     config = continued(tmp_path / "run", first, adapt__blocks=1)
-    setup = prepare(config)
+    setup = Setup(config)
     state = setup.new_state()
     learn = {name for name, _ in state.student.backbone.named_parameters() if name.startswith(("blocks.1.", "norm."))}
-    train_step(state, new_batch(), NOW, loss=config.loss, dtype=torch.float32, clip_grad=3.0, accumulate=1, seed=0)
+    train_step(state, new_batch(), NOW, loss=config.loss, dtype=torch.float32, optim=config.optim, seed=0)
     for name, parameter in state.student.backbone.named_parameters():
         assert (parameter.grad is not None) == (name in learn), name
         assert (parameter in state.optimizer.state) == (name in learn), name
@@ -91,12 +92,17 @@ def test_every_crop_names_its_image_in_micro_batches_too(first: Path, tmp_path: 
     found = []
     for accumulate in (1, 2):
         config = continued(tmp_path / "run", first, **DIET, model__drop_path=0.0, optim__accumulate=accumulate)
-        state, batch = prepare(config).new_state(), new_batch(masked=False)
+        state, batch = Setup(config).new_state(), new_batch(masked=False)
         batch.sample_ids = batch.sample_ids[::-1] + 30
         with torch.no_grad():
             cls = [state.student.backbone(crops).cls for crops in (batch.global_crops, batch.local_crops)]
             literal = diet_loss(torch.cat(cls), state.seen, torch.tensor([35, 34, 33, 32, 31, 30] * 4))
-        options = {"loss": config.loss, "dtype": torch.float32, "clip_grad": None, "accumulate": accumulate, "seed": 0}
+        options = {
+            "loss": config.loss,
+            "dtype": torch.float32,
+            "optim": replace(config.optim, clip_grad=None),
+            "seed": 0,
+        }
         result = train_step(state, batch, NOW, **options)
         found.append((result.losses["total"], state.student.backbone.blocks[0].attn.qkv.weight.grad))
         assert result.losses.keys() == {"diet", "total"}
@@ -124,7 +130,7 @@ def test_what_diet_tells_apart_are_the_class_tokens_of_whole_images_at_the_start
         pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
         Image.fromarray(pixels.numpy()).save(source / f"{number}.png")
     (source / "3.png").write_bytes(b"no picture")
-    seen = prepare(continued(tmp_path / "run", first, data__source=str(source), **DIET)).new_state().seen
+    seen = Setup(continued(tmp_path / "run", first, data__source=str(source), **DIET)).new_state().seen
     assert seen is not None
     model, see = load(first).eval(), dinoreg.transform(first)
     for number in range(5):
@@ -141,8 +147,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         load_config("quickstart", {"adapt.blocks": 0})
     with pytest.raises(UserError, match=r"adapt.heads=0.2: expected 0: no loss has heads"):
         continued(tmp_path, tmp_path, **DIET, adapt__heads=0.2)
-    with pytest.raises(UserError, match=r"loss.diet_weight=1.0: expected 0 without init="):
-        prepare(tiny_config(tmp_path / "run", loss__diet_weight=1.0))
+    with pytest.raises(UserError, match=r"loss.diet_weight=1: expected 0 without init="):
+        Setup(tiny_config(tmp_path / "run", loss__diet_weight=1.0))
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import loss_trace, read_lines, tiny_config
 
+from dinoreg.checkpoint import async_writer
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint import lease
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.config.schema import CheckpointConfig
 from dinoreg.distributed.process_group import ALONE, Ranks
@@ -555,7 +555,7 @@ def test_a_copy_that_was_taken_over_publishes_nothing_more_and_names_the_other(
     old.save(1, tensors(1.0), {"step": 1}, wait=True)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(lease.socket, "gethostname", lambda: "n2")
+    monkeypatch.setattr(async_writer.socket, "gethostname", lambda: "n2")
     others: list[Writer] = []
     if moment == "between two saves":
         others.append(open_writer(tmp_path))
@@ -610,11 +610,11 @@ def test_the_owner_of_a_run_says_where_and_when_it_was_started(tmp_path: Path, m
     assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
     assert re.fullmatch(rf"process {os.getpid()} on \S+ at \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", str(first))
     second = open_writer(tmp_path).lease
-    assert lease.owner_of(tmp_path) == second
+    assert async_writer.owner_of(tmp_path) == second
     assert second.token != first.token
     for content in ("", "[]", '{"token": "x", "extra": 1}'):
         (tmp_path / "owner.json").write_text(content)
-        assert lease.owner_of(tmp_path) is None
+        assert async_writer.owner_of(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------------

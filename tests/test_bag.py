@@ -27,7 +27,7 @@ from dinoreg.data.source import ScenesSource
 from dinoreg.data.statistics import with_statistics
 from dinoreg.export.certificate import check_read_back
 from dinoreg.export.formats import FORMATS
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source
 from dinoreg.models.vit import CHANNELS
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
@@ -242,10 +242,10 @@ def test_verbs_take_a_bag_and_some_of_its_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", BAGS)
 def test_a_bag_is_read_back_from_its_export(kind: str, tmp_path: Path) -> None:
     model = bag(kind, 4)
-    source = read_source(write_exported(tmp_path / "run", model, mean=[0.3], std=[0.2]))
+    source = Source(write_exported(tmp_path / "run", model, mean=[0.3], std=[0.2]))
     FORMATS["safetensors"].write(tmp_path, source)
     check_read_back(FORMATS["safetensors"], source, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"format=timm: has no bag of channels; channels=\[0\]"):
+    with pytest.raises(UserError, match=r"format=timm: not for a bag of channels; channels=\[0\]"):
         dinoreg.export(tmp_path / "run", "timm", tmp_path / "timm")
 
 

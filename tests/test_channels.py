@@ -18,7 +18,7 @@ from dinoreg.config.load import load_config
 from dinoreg.data.open import open_source
 from dinoreg.data.statistics import inspect_source, survey
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 
 TWELVE = [0, 4095]
 FAST = ["device=cpu", "precision=fp32", "workers=0", "report=false", "examples=1", "baselines=false"]
@@ -62,7 +62,7 @@ def evaluated(data: Path, run: Path, out: Path, *options: str) -> dict:
 def test_a_run_measures_the_normalisation_of_other_than_three_channels(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "cells", 5, each=3)
     given = load_config("vits14_reg4", {"model.in_channels": 5, "data": str(data), "data.range": TWELVE, "steps": 1})
-    setup = prepare(load_config(None, {**plain(given), "out": str(tmp_path / "run"), "device": "cpu"}))
+    setup = Setup(load_config(None, {**plain(given), "out": str(tmp_path / "run"), "device": "cpu"}))
     pixels = np.stack([tifffile.imread(path) for path in sorted(data.rglob("*.tif"))]) / 4095
     np.testing.assert_allclose(setup.config.augment.mean, pixels.mean(axis=(0, 2, 3)), atol=1e-4)
     np.testing.assert_allclose(setup.config.augment.std, pixels.std(axis=(0, 2, 3)), atol=1e-4)
@@ -87,7 +87,7 @@ def plain(config: object) -> dict:
 def test_pictures_of_other_channels_end_a_run_before_it_begins(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "cells", 5, each=2)
     with pytest.raises(UserError, match=r"00\.tif: 5 channels, expected 3; model\.in_channels=5"):
-        prepare(tiny_config(tmp_path / "run", data__source=str(data)))
+        Setup(tiny_config(tmp_path / "run", data__source=str(data)))
     assert not (tmp_path / "run").exists()
     assert inspect_source(data)["misfits"] == {5: 4}
 
@@ -100,7 +100,7 @@ def test_a_probe_of_other_channels_is_refused_by_its_name(tmp_path: Path) -> Non
             Image.new("RGB", (32, 32), (number, 90, 7)).save(tmp_path / "rgb" / name / f"{number}.png")
     options = {"model__in_channels": 5, "data__range": TWELVE, "probe__every": 1, "probe__data": str(tmp_path / "rgb")}
     with pytest.raises(UserError, match=r"^probe\.data: none of 6 pictures .*3 channels, expected 5"):
-        prepare(tiny_config(tmp_path / "run", data__source=str(data), **options))
+        Setup(tiny_config(tmp_path / "run", data__source=str(data), **options))
 
 
 def test_values_beyond_the_range_of_a_run_and_of_weights_are_named(tmp_path: Path) -> None:

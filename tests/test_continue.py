@@ -27,12 +27,12 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
-from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
+from dinoreg.train.probes import Measured, Probe
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import backward, teacher_targets
 from dinoreg.weights.load import load
 
@@ -96,7 +96,7 @@ def test_a_step_pulls_every_visible_token_towards_the_anchors_of_the_whole_image
     batch = new_batch()
 
     def gradients(anchor: RegisterViT | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        state = build_state(config, *build_networks(config), CPU, FP32, anchor)
+        state = TrainState(config, *build_networks(config), CPU, FP32, anchor)
         targets = teacher_targets(state.teacher, batch, state.centers, 0.05, config.loss, FP32, accumulate)
         losses = backward(state, batch, targets, config.loss, FP32, accumulate, seed=0)
         return losses, {name: p.grad for name, p in state.student.backbone.named_parameters() if p.grad is not None}
@@ -120,9 +120,8 @@ def test_a_step_pulls_every_visible_token_towards_the_anchors_of_the_whole_image
 
 
 def test_without_a_weight_there_is_no_anchor_to_pay_for(first: Path, tmp_path: Path) -> None:
-    setup = prepare(continued(tmp_path / "run", first, loss__anchor_weight=0.0))
+    setup = Setup(continued(tmp_path / "run", first, loss__anchor_weight=0.0))
     assert setup.init is not None
-    assert setup.init.anchor is None
     assert setup.new_state().anchor is None
 
 
@@ -137,7 +136,7 @@ def test_the_anchor_is_not_computed_while_the_backbone_stands_still(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(RegisterViT, "forward", counted)
-    setup = prepare(continued(tmp_path / "run", first))
+    setup = Setup(continued(tmp_path / "run", first))
     assert setup.init is not None
     pretrain(continued(tmp_path / "run", first))
     assert sorted(calls.count(network) for network in set(calls)) == [7, 10, 10]  # anchor, student, teacher
@@ -165,7 +164,7 @@ def test_a_run_without_init_knows_no_stages() -> None:
     schedules = Schedules(20, 1e-2, ScheduleConfig())
     assert {schedules.at(step).backbone for step in range(20)} == {1.0}
     config = tiny_config("unused", adapt__heads=0.5, adapt__layer_decay=0.1, adapt__lr=0.01)
-    setup = prepare(config)
+    setup = Setup(config)
     assert setup.init is None
     assert setup.schedules.at(0).backbone == 1.0
     multipliers = {group["lr_multiplier"] for group in setup.new_state().optimizer.param_groups}
@@ -203,8 +202,8 @@ def test_the_lower_of_the_two_layer_decays_holds(first: Path) -> None:
 
 def test_without_stages_a_start_from_weights_takes_the_rates_of_a_fresh_run(first: Path, tmp_path: Path) -> None:
     naive = {"adapt__heads": 0.0, "adapt__warmup": 0.0, "adapt__lr": 1.0, "adapt__layer_decay": 1.0}
-    setup = prepare(continued(tmp_path / "run", first, **naive))
-    fresh = prepare(tiny_config(tmp_path / "other", steps=10, seed=3))
+    setup = Setup(continued(tmp_path / "run", first, **naive))
+    fresh = Setup(tiny_config(tmp_path / "other", steps=10, seed=3))
     assert [setup.schedules.at(step) for step in range(10)] == [fresh.schedules.at(step) for step in range(10)]
     one, two = (prepared.new_state().optimizer.param_groups for prepared in (setup, fresh))
     assert [group["lr_multiplier"] for group in one] == [group["lr_multiplier"] for group in two]
@@ -271,7 +270,7 @@ def test_a_start_that_cannot_be_read_is_refused_before_anything_is_written(
     assert main(["pretrain", "quickstart", f"init={tmp_path / 'nowhere'}", *options]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main(["pretrain", "quickstart", "loss.anchor_weight=1", *options]) == 2
-    assert "loss.anchor_weight=1.0: expected 0 without init=" in capsys.readouterr().err
+    assert "loss.anchor_weight=1: expected 0 without init=" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -309,7 +308,7 @@ def test_both_probes_are_followed_side_by_side_from_before_the_first_step(first:
     found = [{key for key in line if not key.startswith("dse")} for line in lines]
     assert found == [names, *(names | against for _ in lines[1:])]
     assert all(line["general_knn_top1_start"] == lines[0]["general_knn_top1"] for line in lines[1:])
-    setup = prepare(continued(tmp_path / "again", first, **PROBED))
+    setup = Setup(continued(tmp_path / "again", first, **PROBED))
     assert setup.probe is not None
     assert setup.general is not None
     for prefix, probe in (("", setup.probe), ("general_", setup.general)):
@@ -372,12 +371,12 @@ def test_a_run_killed_before_its_first_checkpoint_measures_its_start_once(first:
 def test_what_cannot_be_probed_as_general_is_refused_by_its_name(first: Path, tmp_path: Path) -> None:
     def refused(message: str, **options: Any) -> None:
         with pytest.raises(UserError, match=message):
-            prepare(continued(tmp_path / "run", first, **{**PROBED, **options}))
+            Setup(continued(tmp_path / "run", first, **{**PROBED, **options}))
 
     refused("nowhere", probe__general=str(tmp_path / "nowhere"))
     refused("probe.general=scenes:count=3: expected at least 4 readable", probe__general="scenes:count=3")
     refused("probe.general=scenes.*needs at least 4 images", data__source="scenes:count=3,size=32", probe__data=None)
-    setup = prepare(continued(tmp_path / "run", first, **{**PROBED, "probe__every": 0, "probe__general": "nowhere"}))
+    setup = Setup(continued(tmp_path / "run", first, **{**PROBED, "probe__every": 0, "probe__general": "nowhere"}))
     assert setup.general is None
 
 

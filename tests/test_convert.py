@@ -11,7 +11,7 @@ from torch import Tensor
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights import convert
-from dinoreg.weights.backbone_in_file import find_backbone
+from dinoreg.weights.files import find_backbone
 from tests.peer_models import with_lost_terms
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]

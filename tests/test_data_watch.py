@@ -11,8 +11,8 @@ from torch import Tensor
 from dinoreg.data.decode import EncodedImage
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.train.data_watch import DataWatch
 from dinoreg.train.health import WeightWatch
+from dinoreg.train.metrics import DataWatch
 
 
 def batch_of(ids: Sequence[int], checksums: Sequence[int] = (), hidden: Sequence[int] = (), seed: int = 0) -> Batch:

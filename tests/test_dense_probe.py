@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from processes import on_processes
 from torch import Tensor
-from training import read_lines, tiny_config
+from training import read_lines, setup_of, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.run_folder import Run
@@ -27,15 +27,14 @@ from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE, session
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.dense_structure import k_means, structure
-from dinoreg.reports.plots import run_charts
+from dinoreg.reports.html import run_charts
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
-from dinoreg.train import loop, online_probe
-from dinoreg.train.class_probe import Measured, build_probe
-from dinoreg.train.dense_probe import DenseProbe, build_dense, segment
+from dinoreg.train import loop, metrics
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.logger import SilentLog
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.metrics import ProbeRunner
+from dinoreg.train.probes import DenseProbe, Measured, build_dense, build_probe, segment
 from dinoreg.train.state import build_networks
 
 CPU = torch.device("cpu")
@@ -292,7 +291,7 @@ Figures = tuple[float, float, float]  # k-NN accuracy, mIoU, DSE
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(online_probe, "bootstrap_interval", partial(bootstrap_interval, samples=200))
+    monkeypatch.setattr(metrics, "bootstrap_interval", partial(bootstrap_interval, samples=200))
 
 
 def follow(
@@ -315,7 +314,7 @@ def follow(
     monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog(), health=Health(24, grace=grace))
     monitor.report = lambda step, found: events.extend((step, each) for each in found)
     probe: Any = SimpleNamespace(images=range(200), in_bank=100, source=None)
-    runner = ProbeRunner(probe, None, None, config.probe, len(figures), CPU, torch.float32, monitor)
+    runner = ProbeRunner(setup_of(config, len(figures)), probe, monitor)
     runner._measure = look  # type: ignore[method-assign]
     state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
     best, values = [], iter(figures)

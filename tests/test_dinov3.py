@@ -17,7 +17,7 @@ from dinoreg.commands.main import main
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, TimmEncoder, TransformersEncoder
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights import convert_dinov3
+from dinoreg.weights import convert
 from dinoreg.weights.load import load, load_into, load_reported
 from tests.peer_models import redrawn
 
@@ -89,16 +89,16 @@ def test_a_transformers_folder_answers_as_transformers_does_and_goes_back_bit_fo
     theirs.save_pretrained(tmp_path)
     loaded = load_reported(tmp_path)
     assert largest_difference(loaded.model, lambda images: theirs(images).last_hidden_state) <= 1e-5
-    assert (loaded.report.fresh, loaded.report.left_out) == ((), ())
+    assert (loaded.report.fresh, loaded.report.weights.left_out) == ((), ())
     base = changes.get("rope_theta", 100)
     assert loaded.report.positions == f"positions are rotary, of base {base:g}, as transformers does"
     on_disk = load_file(tmp_path / "model.safetensors")
-    back = convert_dinov3.to_dinov3(loaded.model.state_dict(), "transformers", loaded.model.key_bias)
+    back = convert.to_dinov3(loaded.model.state_dict(), "transformers", loaded.model.key_bias)
     missing = {key for key in back if key.endswith("q_proj.bias")} if "query_bias" in changes else set()
     assert back.keys() - on_disk.keys() == missing
     for key, value in on_disk.items():
         assert torch.equal(back[key], value), key
-    in_memory = convert_dinov3.from_dinov3(theirs.state_dict(), "transformers")
+    in_memory = convert.from_dinov3(theirs.state_dict(), "transformers")
     assert all(torch.equal(value, in_memory[key]) for key, value in loaded.model.state_dict().items())
 
 
@@ -118,7 +118,7 @@ def test_a_timm_folder_and_file_answer_as_timm_does_and_go_back_bit_for_bit(
     assert largest_difference(loaded.model, theirs.forward_features) <= 1e-5
     assert loaded.report.fresh == ("mask_token",)
     assert loaded.model.image_size == (64, 64)
-    back = convert_dinov3.to_dinov3(loaded.model.state_dict(), "timm")
+    back = convert.to_dinov3(loaded.model.state_dict(), "timm")
     for key, value in theirs.state_dict().items():
         assert torch.equal(back[key], value), key
     if "rope_temperature" not in changes:  # which nothing in a lone file says
@@ -137,8 +137,8 @@ def test_a_meta_file_means_the_model_that_the_libraries_make_of_it(gated: bool, 
     torch.save(state, tmp_path / "dinov3.pth")
     torch.save({"teacher": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "training.pth")
     loaded = load_reported(tmp_path / "dinov3.pth", heads=2)
-    assert loaded.report.source == "Meta"
-    assert "rope_embed.periods" in loaded.report.left_out
+    assert loaded.report.weights.source == "meta"
+    assert "rope_embed.periods" in loaded.report.weights.left_out
     for model in (loaded.model, load(tmp_path / "training.pth", heads=2)):
         assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
     # timm reads Meta's files itself
@@ -158,7 +158,7 @@ def test_features_and_raw_keys_are_the_same_whichever_library_computes_them(tmp_
     ours = load(tmp_path)
     name = "vit_small_patch16_dinov3_qkvb"
     in_timm = timms(name)
-    in_timm.load_state_dict(convert_dinov3.to_dinov3(ours.state_dict(), "timm"))
+    in_timm.load_state_dict(convert.to_dinov3(ours.state_dict(), "timm"))
     pictures = torch.rand(2, 3, 48, 64)
     native = NativeEncoder(ours, "ours", STATS)
     for other in (TransformersEncoder(theirs, "hf", STATS), TimmEncoder(in_timm, "timm", STATS)):

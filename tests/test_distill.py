@@ -28,8 +28,8 @@ from dinoreg.plan.memory import checkpoint_size, memory_of, operations_of
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.prepare import Setup
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import Tutor, as_cut
 from dinoreg.weights.load import load, load_reported
 
@@ -85,7 +85,7 @@ def guided(config: Config) -> TrainState:
     """The state of a run that learns from a random network, 40 wide with patches of 8, whose crops are 48 pixels."""
     network = RegisterViT(image_size=48, patch_size=8, dim=40, depth=2, heads=2, num_registers=1, layerscale=None)
     tutor = Tutor(NativeEncoder(network, "other", {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}), 48, 32, MEAN, STD)
-    return build_state(config, *build_networks(config, tutor), CPU, FP32, tutor=tutor)
+    return TrainState(config, *build_networks(config, tutor), CPU, FP32, tutor=tutor)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -162,7 +162,7 @@ def test_a_run_on_the_command_line_learns_and_exports_a_plain_backbone(first: Pa
     # What is exported is the moving average, without the projections.
     found = load_reported(out)
     assert (found.model.dim, found.model.patch_size, found.model.num_registers) == (48, 16, 2)
-    assert {name.partition(".")[0] for name in found.report.left_out} == {"distill_head"}
+    assert {name.partition(".")[0] for name in found.report.weights.left_out} == {"distill_head"}
     assert torch.equal(found.model.patch_embed.proj.weight, teacher_of(out, 25)["backbone.patch_embed.proj.weight"])
 
 
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ({"distill": None}, "distill: missing"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare(distilled(out, **{"first": first, **options}))
+            Setup(distilled(out, **{"first": first, **options}))
     with pytest.raises(UserError, match=r"loss.anchor_weight=1: expected 0 with distill="):
         distilled(out, first, loss__anchor_weight=1.0)
     shipped = ["pretrain", "distill_vitt16_reg4", "data=scenes:count=40", f"out={out}", "device=cpu"]

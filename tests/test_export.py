@@ -16,10 +16,9 @@ import torch
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.export import certificate, formats
-from dinoreg.export.card import write_card
 from dinoreg.export.certificate import summary
-from dinoreg.export.run import read_certificate
-from dinoreg.export.source import read_source
+from dinoreg.export.run import read_certificate, write_card
+from dinoreg.export.source import Source
 from dinoreg.runtime.errors import RunError, UserError
 from tests.exporting import ROPE, ask_stranger, assert_same_tokens, card_code, images, vit, write_run
 from tests.warm_interpreter import WarmInterpreter
@@ -363,7 +362,7 @@ def test_the_card_tells_data_steps_results_statistics_and_loading_in_four_lines(
 
 def card(weights: Path, exported: Path, folder: Path, name: str = "meta") -> str:
     """The card of `weights`, with the certificate of another export."""
-    write_card(folder, formats.FORMATS[name], read_source(weights), read_certificate(exported))
+    write_card(folder, formats.FORMATS[name], Source(weights), read_certificate(exported))
     return (folder / "README.md").read_text()
 
 

@@ -21,6 +21,8 @@ KINDS = [
     {"num_registers": 0, "antialias": False, "position_offset": 0.1},
     {"ffn": "swiglu", "layerscale": None, "image_size": (24, 40), "in_channels": 2},
     {**ROPE, "rope_base": 40.0, "num_registers": 2},
+    {"num_registers": 1, "register_neurons": [[0, 3], [1, 7], [0, 90]]},
+    {"num_registers": 2, "register_neurons": [[1, 7]], "ffn": "swiglu"},
 ]
 
 

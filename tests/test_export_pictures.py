@@ -20,8 +20,7 @@ import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.export import certificate
 from dinoreg.export.formats import FORMATS
-from dinoreg.export.picture_files import MAX_LEVELS, MIN_COSINE, write_pictures
-from dinoreg.export.source import read_source
+from dinoreg.export.source import MAX_LEVELS, MIN_COSINE, Source, write_pictures
 from dinoreg.runtime.errors import RunError
 
 SHAPES = ((48, 80), (80, 48), (17, 23), (40, 40), (31, 210), (333, 90), (40, 83))  # height, width
@@ -63,7 +62,7 @@ def check_card(form: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert min(check["cosine"] for check in proof["checks"]) >= MIN_COSINE
     transform, prepare = dinoreg.transform(run), card_prepare(folder, monkeypatch)
     std = torch.tensor(transform.std).view(-1, 1, 1)
-    for path in write_pictures(tmp_path, read_source(run)).values():
+    for path in write_pictures(tmp_path, Source(run)).values():
         theirs = torch.as_tensor(prepare(str(path)))
         assert theirs.dtype == torch.float32
         assert theirs.shape == (1, *transform(path).shape)

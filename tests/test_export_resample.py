@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoreg.export.resample import resample_in_graph, resampling_matrix
+from dinoreg.export.onnx_graph import resample_in_graph, resampling_matrix
 from dinoreg.models.vit import resample_positions
 
 GRIDS = [(16, 16), (5, 9), (37, 37), (1, 2)]

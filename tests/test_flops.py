@@ -14,7 +14,7 @@ from dinoreg.plan.memory import operations_of
 from dinoreg.plan.step import random_batch
 from dinoreg.plan.trace import trace_job
 from dinoreg.train.schedules import Now
-from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import train_step
 from tests.training import tiny_config
 
@@ -35,10 +35,10 @@ from tests.training import tiny_config
 def test_pytorch_counts_the_same_in_a_whole_training_step(overrides: dict[str, Any]) -> None:
     masks = {"mask.probability": 1.0, "mask.ratio": [0.5, 0.5], "mask.min_patches": 1}
     config = tiny_config(**{**masks, "model.attention": "plain", "batch_size": 4, **overrides})
-    state = build_state(config, *build_networks(config), torch.device("cpu"), torch.float32)
+    state = TrainState(config, *build_networks(config), torch.device("cpu"), torch.float32)
     batch = random_batch(config, state.student.backbone.patch_size, torch.device("cpu"))
     now = Now(lr=1e-3, last_layer_lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.1)
-    options = {"loss": config.loss, "clip_grad": 1.0, "accumulate": config.optim.accumulate, "seed": 0}
+    options = {"loss": config.loss, "optim": config.optim, "seed": 0}
     with FlopCounterMode(display=False) as counter:
         train_step(state, batch, now, dtype=torch.float32, **options)
     job = describe(config, 1, 1, find_device("h100"))

@@ -14,7 +14,7 @@ from training import loss_trace, read_lines, stopped_after, tiny_config
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config
-from dinoreg.config.schema import DataConfig, ScheduleConfig
+from dinoreg.config.schema import DataConfig, OptimConfig, ScheduleConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import ScenesSource
@@ -23,7 +23,7 @@ from dinoreg.runtime import tiling
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import StepResult, train_step
 
 
@@ -75,11 +75,11 @@ def held_state() -> tuple[TrainState, Config]:
     config = tiny_config(loss__gram_weight=2.0, model__drop_path=0.0)
     student, teacher = build_networks(config)
     anchor = build_networks(replace(config, seed=7))[1].backbone
-    return build_state(config, student, teacher, CPU, FP32, anchor), config
+    return TrainState(config, student, teacher, CPU, FP32, anchor), config
 
 
 def step(state: TrainState, config: Config, gram: bool = True, accumulate: int = 1) -> StepResult:
-    options = {"loss": config.loss, "dtype": FP32, "clip_grad": 3.0, "accumulate": accumulate, "seed": 0}
+    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(accumulate=accumulate), "seed": 0}
     return train_step(state, new_batch(), replace(NOW, gram=gram), **options)
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build, parse_name
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.load import load, load_into
-from dinoreg.weights.resolve import find_weights, read_weights
+from dinoreg.weights.resolve import Weights, find_weights
 from tests.hostile import Payload
 
 
@@ -151,7 +151,7 @@ def test_random_weights_have_to_be_asked_for() -> None:
     ],
 )
 def test_a_published_name_is_refused_with_the_place_of_its_weights(name: str, place: str) -> None:
-    for use in (load, read_weights, read_source, lambda name: open_encoder(name, "cpu", torch.float32)):
+    for use in (load, Weights, Source, lambda name: open_encoder(name, "cpu", torch.float32)):
         with pytest.raises(UserError) as caught:
             use(name)
         assert place in f"{caught.value} "
@@ -198,8 +198,8 @@ def test_the_teachers_json_says_what_shapes_cannot(tmp_path: Path) -> None:
     model = tiny(image_size=(8, 20), heads=3, in_channels=2, ffn="swiglu", ffn_ratio=3.0, antialias=False)
     path = write_teacher(tmp_path, model, 1)
     assert_same_weights(load(path), model)
-    assert read_weights(path).metadata["preprocessing"]["image_size"] == 12
-    assert sorted(read_weights(path).left_out)[0] == "dino_head.last_layer.weight_g"
+    assert Weights(path).metadata["preprocessing"]["image_size"] == 12
+    assert sorted(Weights(path).left_out)[0] == "dino_head.last_layer.weight_g"
 
 
 def test_an_altered_or_torn_teacher_is_refused(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_training_file_is_freed_of_wrappers_prefixes_and_chunks(tmp_path: Path
     state["dino_head.last_layer.weight_g"] = torch.ones(3, 1)
     torch.save({"teacher": state, "iteration": 5}, tmp_path / "teacher.pth")
     assert_same_weights(load(tmp_path / "teacher.pth"), model)
-    assert read_weights(tmp_path / "teacher.pth").left_out == ("dino_head.last_layer.weight_g", "iteration")
+    assert Weights(tmp_path / "teacher.pth").left_out == ("dino_head.last_layer.weight_g", "iteration")
 
 
 def test_half_precision_files_become_float32(tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ def test_starting_from_weights_copies_them_and_reports(tmp_path: Path) -> None:
     assert model.blocks[0].drop_path == 0.3
     torch.testing.assert_close(dict(model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
     assert set(report.loaded) == set(model.state_dict())
-    assert (report.reshaped, report.fresh) == ((), ())
-    assert len(report.left_out) == 8
+    assert (report.reshaped, report.fresh) == ("", ())
+    assert len(report.weights.left_out) == 8
     assert "tensors loaded from" in str(report)
     assert "left out 8 (dino_head)" in str(report)
 
@@ -378,7 +378,7 @@ def test_starting_at_another_image_size_resamples_the_positions_and_says_so(tmp_
     source, model = tiny(1), tiny(2, image_size=(20, 16))
     path = write_teacher(tmp_path, source, 1)
     report = load_into(model, path)
-    assert report.reshaped == ("pos_embed: 3x3 -> 5x4",)
+    assert report.reshaped == "pos_embed: 3x3 -> 5x4"
     assert "pos_embed" not in report.loaded
     x = torch.randn(2, 3, 20, 16)
     torch.testing.assert_close(model(x), source(x))  # the same function of images of the new size

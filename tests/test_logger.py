@@ -17,8 +17,7 @@ import pytest
 from rich.console import Console
 
 from dinoreg.train import logger as log_module
-from dinoreg.train.logger import LINES, LineFile, RunLog
-from dinoreg.train.trackers import TensorBoard, open_trackers
+from dinoreg.train.logger import LINES, LineFile, RunLog, TensorBoard, open_trackers
 
 
 def values(step: int, **others: Any) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def test_without_a_terminal_lines_come_soon_at_the_end_and_from_time_to_time(
     num_steps = 40_000  # 22 hours
     with open_log(tmp_path, num_steps=num_steps) as log:
         for step in range(1, num_steps + 1):
-            log.display.show(values(step), "x")
+            log._show(values(step), "x")
     lines = capsys.readouterr().err.splitlines()
     shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert (shown[0], shown[1], shown[-1]) == (1, 9, num_steps)
@@ -251,8 +250,8 @@ def test_on_a_terminal_there_is_a_progress_bar_instead(tmp_path: Path, monkeypat
         for step in range(11, 31):
             log.metrics(values(step))
         log.say("a word")
-        assert log.display.progress is not None
-        (task,) = log.display.progress.tasks
+        assert log.bar is not None
+        (task,) = log.bar.tasks
         assert (task.completed, task.total) == (30, 80)
         assert task.fields["losses"] == "loss 7.250  100 img/s"
     shown = screen.getvalue()

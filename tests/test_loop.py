@@ -23,7 +23,7 @@ from dinoreg.checkpoint import format as checkpoint
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 from dinoreg.weights.load import load
 
 
@@ -197,7 +197,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew_by_a_resume(
 
 
 def test_weights_of_a_run_start_another_in_student_and_teacher(plain: Path, tmp_path: Path) -> None:
-    setup = prepare(tiny_config(tmp_path / "second", init=str(plain)))
+    setup = Setup(tiny_config(tmp_path / "second", init=str(plain)))
     expected = load(plain).state_dict()
     for networks in (setup.student, setup.teacher):
         for name, value in networks.backbone.state_dict().items():

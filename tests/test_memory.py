@@ -19,7 +19,7 @@ from dinoreg.plan.recorder import BACKWARD_END, KOLEO, STUDENT, TEACHER, UPDATE
 from dinoreg.plan.step import random_batch
 from dinoreg.plan.trace import Trace, record_step, trace_job, trace_step
 from dinoreg.runtime.device import DTYPES
-from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from tests.training import tiny_config
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def job_of(config: Config, processes: int = 1) -> Job:
 def real_step(config: Config, precision: str, processes: int = 1) -> tuple[Trace, tuple[int, ...]]:
     """The record of a step on real tensors, and the masked patches of each of its micro-batches."""
     with simulated_session(processes) if processes > 1 else contextlib.nullcontext(ALONE) as ranks:
-        state = build_state(config, *build_networks(config), CPU, DTYPES[precision], ranks=ranks)
+        state = TrainState(config, *build_networks(config), CPU, DTYPES[precision], ranks=ranks)
         batch = random_batch(config, state.student.backbone.patch_size, CPU)
         parts = config.optim.accumulate
         masked = (len(batch.mask_indices) // parts,) * parts

@@ -17,7 +17,7 @@ import torch
 from photographs import photograph
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
-from training import given, read_lines, tiny_config
+from training import given, read_lines, setup_of, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.steps import against_start, probe_in_words, role_of, watched_in, which_steps
@@ -31,9 +31,9 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.scenes.layout import label_of
 from dinoreg.train import loop
-from dinoreg.train.class_probe import FIRST_PROBE_SCENE, Measured, Probe, build_probe
 from dinoreg.train.logger import SilentLog
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.metrics import ProbeRunner
+from dinoreg.train.probes import FIRST_PROBE_SCENE, Measured, Probe, build_probe
 from dinoreg.train.state import build_networks
 from dinoreg.weights.resolve import find_weights
 
@@ -297,7 +297,7 @@ def test_a_probe_and_an_evaluation_say_the_same_of_the_same_answers(
     config = tiny_config(probe__every=1, probe__data="scenes", probe__num_images=100)
     log = SimpleNamespace(append=lambda _, line: lines.append(line), say=lambda _: None)
     monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=log)
-    runner = ProbeRunner(probe_of(config), None, None, config.probe, 1, CPU, torch.float32, monitor)
+    runner = ProbeRunner(setup_of(config, 1), probe_of(config), monitor)
     state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
     runner.run(state)
     state.step = 1
@@ -355,7 +355,7 @@ def bests(monkeypatch: pytest.MonkeyPatch, figures: list[tuple[float, ...]], met
     options: dict[str, Any] = {"probe__num_images": 60, "probe__metric": metric, "probe__max_share": 1.0}
     config = tiny_config(probe__every=1, probe__data="scenes", **options)
     monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog())
-    runner = ProbeRunner(probe_of(config), None, None, config.probe, len(figures), CPU, torch.float32, monitor)
+    runner = ProbeRunner(setup_of(config, len(figures)), probe_of(config), monitor)
     state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
     found = []
     for step in range(len(figures)):

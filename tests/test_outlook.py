@@ -14,7 +14,7 @@ from dinoreg.runtime.durations import about
 from dinoreg.train import outlook
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.outlook import Outlook, Pace, rounded
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 
 DAY = 86_400.0
 
@@ -113,9 +113,9 @@ def test_a_start_counts_what_it_passes_over_and_advises(tmp_path: Path) -> None:
         Image.new("RGB", (40, 40), (number, 9, 9)).save(tmp_path / f"{number}.jpg")
         (tmp_path / f"{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "notes.txt").write_text("two\n")
-    notes = prepare(tiny_config(tmp_path / "run", data__source=str(tmp_path))).notes
+    notes = Setup(tiny_config(tmp_path / "run", data__source=str(tmp_path))).notes
     assert "warning: data: files that are not read: 10 .heic" in notes
     assert sum(note.startswith("advice: only 10 images in batches of 6") for note in notes) == 1
     assert not any(
-        note.startswith(("advice", "warning")) for note in prepare(tiny_config(tmp_path / "two", batch_size=2)).notes
+        note.startswith(("advice", "warning")) for note in Setup(tiny_config(tmp_path / "two", batch_size=2)).notes
     )

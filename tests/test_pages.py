@@ -16,7 +16,7 @@ from test_report import write_run
 from dinoreg.commands.main import main
 from dinoreg.commands.report import compare_runs
 from dinoreg.reports import html
-from dinoreg.reports.plots import Chart, Line
+from dinoreg.reports.html import Chart, Line
 from dinoreg.reports.run_report import write_report
 
 needs_browser = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from torch import Tensor
 from training import loss_trace, read_lines, stopped_after, tiny_config
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import DataConfig
+from dinoreg.config.schema import DataConfig, OptimConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.crops import place_boxes, places, relative_boxes
 from dinoreg.data.loader import Batch, BatchLoader, Views
@@ -173,7 +173,7 @@ def literal_loss(local: Tensor, clean: Tensor, batch: Batch) -> tuple[float, int
 
 
 def taken(config: Config, batch: Batch, accumulate: int = 1) -> StepResult:
-    options = {"loss": config.loss, "dtype": FP32, "clip_grad": 3.0, "accumulate": accumulate, "seed": 0}
+    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(accumulate=accumulate), "seed": 0}
     return train_step(new_state(config), batch, NOW, **options)
 
 

@@ -34,7 +34,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.parallelize import _learns, check_replicas, choose_strategy, find_drift, local, without_reduction
-from dinoreg.train.prepare import changed_config, prepare
+from dinoreg.train.prepare import Setup, changed_config
 from dinoreg.train.step import koleo_of_processes, koleo_of_views, train_step
 
 # Sums in another order move the last bits of float32; over 50 steps of AdamW that grows to some 1e-6 of the losses.
@@ -91,7 +91,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_tolerance_is_that_of_rounding_itself(tmp_path: Path) -> None:
     def trace(nudge: float) -> list[float]:
-        setup = prepare(run_config(tmp_path / "none", 1))
+        setup = Setup(run_config(tmp_path / "none", 1))
         with torch.no_grad():
             for parameter in setup.student.parameters():
                 parameter.mul_(1 + nudge)
@@ -100,7 +100,7 @@ def test_the_tolerance_is_that_of_rounding_itself(tmp_path: Path) -> None:
             for step in range(50):
                 result = train_step(
                     state, next(batches), setup.schedules.at(step), loss=setup.config.loss, dtype=torch.float32,
-                    clip_grad=3.0, accumulate=1, seed=0,
+                    optim=setup.config.optim, seed=0,
                 )  # fmt: skip
                 losses.append(float(result.losses["total"]))
         return losses
@@ -303,7 +303,7 @@ def _low_precision(folder: str) -> None:
         )  # fmt: skip
         pretrain(config)
     with session("cpu", 30.0) as ranks:
-        setup = prepare(run_config(Path(folder) / "none", 2, parallel__strategy="fsdp"), ranks)
+        setup = Setup(run_config(Path(folder) / "none", 2, parallel__strategy="fsdp"), ranks)
         state = setup.new_state()
         blocks = state.student.backbone.blocks
         assert all(isinstance(block, FSDPModule) for block in blocks)
@@ -363,7 +363,7 @@ def test_a_head_without_a_loss_is_left_out_of_ddp() -> None:
 
 
 def test_on_one_process_nothing_is_wrapped_and_nothing_is_exchanged(tmp_path: Path) -> None:
-    state = prepare(run_config(tmp_path / "run", 1)).new_state()
+    state = Setup(run_config(tmp_path / "run", 1)).new_state()
     assert state.train_modules is state.student
     assert isinstance(state.student.backbone, RegisterViT)
     assert ALONE.maximum(15) == 15

@@ -34,7 +34,7 @@ from dinoreg.plan.traffic import Collective, collectives
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.schedules import Now
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import train_step
 from tests.training import tiny_config
 
@@ -78,12 +78,12 @@ def device(**values: Any) -> Device:
 
 
 def state_of(config: Config, ranks: Ranks = ALONE) -> TrainState:
-    return build_state(config, *build_networks(config), CPU, torch.float32, ranks=ranks)
+    return TrainState(config, *build_networks(config), CPU, torch.float32, ranks=ranks)
 
 
 def take_step(config: Config, state: TrainState) -> None:
     batch = random_batch(config, state.student.backbone.patch_size, CPU)
-    options = {"loss": config.loss, "clip_grad": 1.0, "accumulate": config.optim.accumulate, "seed": 0}
+    options = {"loss": config.loss, "optim": config.optim, "seed": 0}
     train_step(state, batch, NOW, dtype=torch.float32, **options)
 
 

@@ -24,9 +24,9 @@ from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.images import read_picture, stack_images
 from dinoreg.export.formats import FORMATS
-from dinoreg.export.source import read_source
+from dinoreg.export.source import Source
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import preprocessing_of, timm_preprocessing
+from dinoreg.weights.architecture import preprocessing_of, timm_preprocessing
 
 SHAPES = ((48, 80), (80, 48), (9, 11), (40, 40), (31, 200), (47, 70))  # height, width
 
@@ -48,7 +48,7 @@ def pictures(tmp_path: Path) -> Path:
 def written(form: str, run: Path, folder: Path) -> Path:
     """The artefact of an export, without its certificate."""
     folder.mkdir()
-    FORMATS[form].write(folder, read_source(run))
+    FORMATS[form].write(folder, Source(run))
     return folder
 
 

@@ -173,13 +173,20 @@ import sys, dinoreg
 called = [dinoreg.export, dinoreg.plan, dinoreg.registers]
 assert all(map(callable, called))
 assert "torch" not in sys.modules
-import dinoreg.plan.devices, dinoreg.registers.verdict, dinoreg.export.formats
+import dinoreg.plan.devices, dinoreg.registers.page, dinoreg.export.formats
 assert called == [dinoreg.export, dinoreg.plan, dinoreg.registers]
 assert dinoreg.plan.devices.find_device("t4").kind == "cuda"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [*inspect.signature(dinoreg.registers).parameters] == ["weights", "images", "options"]
-    assert [*inspect.signature(dinoreg.export).parameters] == ["weights", "format", "out", "size"]
+    assert [*inspect.signature(dinoreg.export).parameters] == [
+        "weights",
+        "format",
+        "out",
+        "size",
+        "registers",
+        "images",
+    ]
     for name in dinoreg.__all__:
         assert getattr(dinoreg, name) is not None
 

@@ -166,7 +166,7 @@ def test_the_scenes_of_the_probe_are_none_of_those_trained_on() -> None:
     from dinoreg.config.load import load_config
     from dinoreg.data.open import open_source
     from dinoreg.data.source import ScenesSource
-    from dinoreg.train.class_probe import FIRST_PROBE_SCENE
+    from dinoreg.train.probes import FIRST_PROBE_SCENE
 
     config = load_config("quickstart")
     assert config.data.source is not None

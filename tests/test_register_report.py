@@ -18,7 +18,7 @@ from dinoreg.commands.registers import common_size, read_pictures
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
-from dinoreg.registers.verdict import comparison, judge
+from dinoreg.registers.page import comparison, judge
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.subject import open_subject
 

@@ -19,10 +19,9 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.class_tables import class_tables
-from dinoreg.reports.compare import comparison, differences, run_names
-from dinoreg.reports.plots import Band, Line, run_charts
-from dinoreg.reports.run_report import write_report
+from dinoreg.reports.evaluation_report import class_tables
+from dinoreg.reports.html import Band, Line, run_charts
+from dinoreg.reports.run_report import comparison, differences, run_names, write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.templates import score

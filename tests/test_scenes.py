@@ -102,8 +102,8 @@ def test_an_object_without_a_visible_pixel_is_in_no_ground_truth() -> None:
     inside = main.pose._replace(radius=0.2 * main.pose.radius)
     hidden = main._replace(label=(main.label + 1) % NUM_CLASSES, pose=inside, near=main.near + 1.0)
     outside = hidden._replace(pose=inside._replace(x=500.0))
-    seen = scenes._render(drawn._replace(things=[outside, main, hidden]), 4, 64, 0)
-    alone = scenes._render(drawn._replace(things=[main]), 4, 64, 0)
+    seen = scenes.Scene(drawn._replace(things=[outside, main, hidden]), 4, 64, 0)
+    alone = scenes.Scene(drawn._replace(things=[main]), 4, 64, 0)
     np.testing.assert_array_equal(seen.instances, alone.instances)
     np.testing.assert_array_equal(seen.segmentation, alone.segmentation)
     np.testing.assert_array_equal(seen.boxes, alone.boxes)
@@ -114,11 +114,11 @@ def test_what_is_visible_is_nearer_than_what_it_hides() -> None:
     compared = 0
     for i in range(120):
         drawn = scenes.plan(i, 7)
-        together = scenes._render(drawn, i, 64, 7)
-        empty = scenes._render(drawn._replace(things=[]), i, 64, 7)
+        together = scenes.Scene(drawn, i, 64, 7)
+        empty = scenes.Scene(drawn._replace(things=[]), i, 64, 7)
         assert (together.depth <= empty.depth).all()
         for k, thing in enumerate(drawn.things):
-            alone = scenes._render(drawn._replace(things=[thing]), i, 64, 7)
+            alone = scenes.Scene(drawn._replace(things=[thing]), i, 64, 7)
             assert (alone.depth[alone.instances == 1] < empty.depth[alone.instances == 1]).all()
             hidden = (alone.instances == 1) & (together.instances != 0) & (together.instances != k + 1)
             assert (together.depth[hidden] < alone.depth[hidden]).all()

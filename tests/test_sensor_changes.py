@@ -13,9 +13,8 @@ from training import read_lines, tiny_config
 
 from dinoreg import RegisterViT, select_channels
 from dinoreg.config.load import load_config, to_yaml
-from dinoreg.config.presets import PRESETS
 from dinoreg.config.schema import DataConfig
-from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
+from dinoreg.config.view_settings import PRESETS, AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.augment import SENSOR_NUMBERS, P, augment, draw_photometric, left_out
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import ScenesSource

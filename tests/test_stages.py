@@ -19,7 +19,7 @@ from dinoreg.data.source import ScenesSource
 from dinoreg.plan.run import plan
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 
 SMALL = {"model__depth": 1, "batch_size": 3, "crops__stages": ["0.3:16/8", "0.6:24/16"]}
 # Stages end before the steps 1 and 2 of 4; the cool-down begins with step 6 of 8.
@@ -40,7 +40,7 @@ def test_a_constant_run_is_extended_and_cooled_down_as_if_it_had_been_that_long(
     description = json.loads((out / "teacher" / f"{step_name(4)}.json").read_text())
     assert description["preprocessing"]["image_size"] == 32
     with pytest.raises(UserError, match=r"schedule\.cooldown=5: expected at most 4, .* after step 4"):
-        prepare(tiny_config(out, **{**COOLED, "schedule__cooldown": 5}, resume=True))
+        Setup(tiny_config(out, **{**COOLED, "schedule__cooldown": 5}, resume=True))
     pretrain(tiny_config(out, **COOLED, resume=True))
     assert same_end(out, whole)
     rates = [line["lr"] for line in read_lines(out / "metrics.jsonl")]

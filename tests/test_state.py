@@ -15,21 +15,21 @@ from dinoreg.checkpoint import format as checkpoint
 from dinoreg.config.load import Config
 from dinoreg.data.loader import BatchLoader
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.prepare import prepare
-from dinoreg.train.state import LARGEST_LOSS_SCALE, TrainState, build_networks, build_state
+from dinoreg.train.prepare import Setup
+from dinoreg.train.state import LARGEST_LOSS_SCALE, TrainState, build_networks
 from dinoreg.train.step import train_step
 
 CPU = torch.device("cpu")
 
 
 def fresh(config: Config, dtype: torch.dtype = torch.float32) -> TrainState:
-    return build_state(config, *build_networks(config), CPU, dtype)
+    return TrainState(config, *build_networks(config), CPU, dtype)
 
 
 def trained(config: Config, steps: int, dtype: torch.dtype = torch.float32) -> TrainState:
     """The state after some real steps, with everything in it away from its first value."""
-    setup = prepare(config)
-    state = build_state(config, setup.student, setup.teacher, CPU, dtype)
+    setup = Setup(config)
+    state = TrainState(config, setup.student, setup.teacher, CPU, dtype)
     advance(setup, state, steps, dtype)
     return state
 
@@ -45,8 +45,7 @@ def advance(setup: Any, state: TrainState, steps: int, dtype: torch.dtype) -> li
                 setup.schedules.at(state.step),
                 loss=setup.config.loss,
                 dtype=dtype,
-                clip_grad=setup.config.optim.clip_grad,
-                accumulate=1,
+                optim=setup.config.optim,
                 seed=setup.config.seed,
             )
             totals.append(result.losses["total"])
@@ -152,7 +151,7 @@ def test_a_state_comes_back_from_a_checkpoint_bit_for_bit_and_trains_on_alike(
     )
     path = checkpoint.save(tmp_path / "checkpoints", state.step, state.tensors(), state.numbers(), keep=2)
 
-    setup = prepare(tiny_config(tmp_path / "other", data__workers=0, seed=9, **options))  # other weights at first
+    setup = Setup(tiny_config(tmp_path / "other", data__workers=0, seed=9, **options))  # other weights at first
     again = setup.new_state()
     before = flat(again.tensors())["student/backbone.cls_token"].clone()
     tensors = again.tensors()
@@ -162,7 +161,7 @@ def test_a_state_comes_back_from_a_checkpoint_bit_for_bit_and_trains_on_alike(
     assert_same_tensors(again.tensors(), state.tensors())
     assert again.numbers() == state.numbers()
 
-    setups = prepare(config)
+    setups = Setup(config)
     state.rejected.zero_()
     again.rejected.zero_()
     ahead = advance(setups, state, 2, torch.float32)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from training import tiny_config
 
 from dinoreg.config.load import Config
+from dinoreg.config.schema import OptimConfig
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
 from dinoreg.models import vit
 from dinoreg.models.stochastic_depth import Kept, draw_kept, token_rows
 from dinoreg.train.micro_batch import micro_batches
 from dinoreg.train.schedules import Now
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.step import (
     StepResult,
     backward,
@@ -32,7 +33,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 def new_state(config: Config, device: torch.device = CPU) -> TrainState:
-    state = build_state(config, *build_networks(config), device, FP32)
+    state = TrainState(config, *build_networks(config), device, FP32)
     with torch.no_grad():  # a teacher of its own, and registers that matter
         for parameter in state.teacher.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
@@ -67,8 +68,7 @@ def step(state: TrainState, batch: Batch, config: Config, accumulate: int = 1) -
         NOW,
         loss=config.loss,
         dtype=FP32,
-        clip_grad=3.0,
-        accumulate=accumulate,
+        optim=OptimConfig(accumulate=accumulate),
         seed=config.seed,
     )
 
@@ -293,8 +293,8 @@ def test_teacher_and_centres_move_on_an_overflow_where_asked_for_as_in_the_refer
     before = copy.deepcopy(state.tensors())
     targets = teacher_targets(state.teacher, new_batch(seed=1), state.centers, NOW.teacher_temp, config.loss, FP32)
     state.loss_scale = torch.tensor(1e38)  # the loss is finite, its gradients are not
-    options = {"loss": config.loss, "dtype": FP32, "clip_grad": 3.0, "accumulate": 1, "seed": 0}
-    result = train_step(state, new_batch(seed=1), NOW, move_on_skip=True, **options)
+    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(move_on_skip=True), "seed": 0}
+    result = train_step(state, new_batch(seed=1), NOW, **options)
     assert (result.accepted.item(), result.losses["total"].isfinite().item()) == (0.0, True)
     for name, value in before["student"].items():
         assert torch.equal(state.tensors()["student"][name], value), name
@@ -306,7 +306,7 @@ def test_teacher_and_centres_move_on_an_overflow_where_asked_for_as_in_the_refer
         assert not torch.equal(center, before["centers"][name])
     bad = new_batch(seed=2)
     bad.global_crops[:] = math.nan  # of which no centre comes
-    train_step(state, bad, NOW, move_on_skip=True, **options)
+    train_step(state, bad, NOW, **options)
     assert all(value.isfinite().all() for part in ("teacher", "centers") for value in state.tensors()[part].values())
 
 
@@ -324,10 +324,8 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
     config = tiny_config(model__drop_path=0.0, loss__centering="sinkhorn")
     batch, results = new_batch(), []
     for dtype in (torch.float32, torch.bfloat16):
-        state = build_state(config, *build_networks(config), CPU, dtype)
-        results.append(
-            train_step(state, batch, NOW, loss=config.loss, dtype=dtype, clip_grad=3.0, accumulate=1, seed=0)
-        )
+        state = TrainState(config, *build_networks(config), CPU, dtype)
+        results.append(train_step(state, batch, NOW, loss=config.loss, dtype=dtype, optim=OptimConfig(), seed=0))
         assert all(p.dtype == torch.float32 for p in state.student.parameters())
     exact, low = results
     for name in ("dino_global", "dino_local", "ibot"):

@@ -14,9 +14,8 @@ from training import TINY
 
 from dinoreg.commands.main import main
 from dinoreg.runtime.errors import UserError
-from dinoreg.train import trackers
-from dinoreg.train.logger import RunLog
-from dinoreg.train.trackers import check_trackers
+from dinoreg.train import logger as trackers
+from dinoreg.train.logger import RunLog, check_trackers
 
 
 class Failing(trackers.TensorBoard):
@@ -51,7 +50,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
 
 
 def test_a_package_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"log.to=wandb: .*pip install 'dinoreg\[log\]'"):
         check_trackers(["wandb"])
 
@@ -66,7 +65,7 @@ class Unreachable:
 def test_a_tracker_that_cannot_be_begun_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: True)
     monkeypatch.setitem(trackers.REMOTE, "wandb", Unreachable)
     run = tmp_path / "run"
     keys = {**TINY, "log.to": "[wandb]", "out": str(run), "overwrite": "true"}

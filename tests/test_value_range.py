@@ -15,7 +15,7 @@ from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import open_source
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 
 LOW, HIGH = 0, 4095  # twelve bits
 
@@ -37,7 +37,7 @@ def test_twelve_bits_reach_the_model_with_all_their_levels(xrays: Path, tmp_path
         tmp_path / "run", data__source=str(xrays), data__range=[LOW, HIGH], augment__jitter_probability=0.0,
         augment__mean=[0.0], augment__std=[1.0], crops__global_size=32,
     )  # fmt: skip
-    setup = prepare(config)
+    setup = Setup(config)
     with setup.batches(setup.new_state()) as batches:
         crops = next(batches).global_crops
     assert len(crops.unique()) >= 1000

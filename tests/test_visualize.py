@@ -14,7 +14,7 @@ from dinoreg.data.loader import Batch
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
+from dinoreg.reports.html import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
 from dinoreg.visualize.crops import crop_sheet, hide
 from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels

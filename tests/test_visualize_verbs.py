@@ -36,7 +36,7 @@ from dinoreg.visualize.pca import (
     write_basis,
 )
 from dinoreg.visualize.subject import open_images, open_subject, picture_size, view_folder
-from dinoreg.weights.library_configs import library_of, preprocessing_of
+from dinoreg.weights.architecture import library_of, preprocessing_of
 
 REGISTERS = (0, 1, 4, 8)
 

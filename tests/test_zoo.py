@@ -23,7 +23,7 @@ from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, size_of, to_array
-from dinoreg.train.prepare import prepare
+from dinoreg.train.prepare import Setup
 from dinoreg.visualize.subject import open_subject
 from dinoreg.visualize.subject import read_pictures as read_for_views
 
@@ -112,7 +112,7 @@ def test_training_and_its_probe_see_them(cage: Cage, tmp_path: Path, monkeypatch
         data__workers=0, batch_size=count, model__in_channels=cage.channels, augment__mean=[0.5], augment__std=[0.25],
         crops__global_size=SIDE, crops__local_size=8, probe__every=1,
     )  # fmt: skip
-    setup = prepare(config)
+    setup = Setup(config)
     with setup.batches(setup.new_state()) as batches:
         ids = next(batches).sample_ids
     assert sorted(ids.tolist()) == list(range(count))

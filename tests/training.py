@@ -7,16 +7,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dinoreg.config.load import Config, load_config
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train import loop
-from dinoreg.train.class_probe import Measured
+from dinoreg.train.probes import Measured
 
 TINY = {
     "model.name": "vitt8_reg4",
@@ -48,6 +50,13 @@ def tiny_config(out: Path | str | None = None, **overrides: Any) -> Config:
     """`overrides` by dotted key, with `__` for the dot."""
     values = {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
     return load_config(None, {**values, "out": None if out is None else str(out)})
+
+
+def setup_of(config: Config, num_steps: int) -> Any:
+    """What `ProbeRunner` knows of a run without general images and masks."""
+    schedules = SimpleNamespace(horizon=num_steps)
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    return SimpleNamespace(config=config, num_steps=num_steps, schedules=schedules, general=None, dense=None, **place)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

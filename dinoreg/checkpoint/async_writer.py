@@ -1,16 +1,26 @@
-"""Writing checkpoints while training goes on.
+"""Writing checkpoints while training goes on, by the one start of a run that owns its folder.
 
 `Writer.save` copies the state to CPU memory and returns; a thread writes the copy (`checkpoint.save`), with collectives
 on a process group of its own, since those of two threads on one group would mix. At most one checkpoint is being
 written: the next save first waits for it, and there all processes learn how it went.
+
+Slurm may start a job again while its first copy still runs on a machine that is only unreachable. The run folder's
+`owner.json` says which copy owns it; it is read again just before a checkpoint is published, and a copy that finds
+another owner there stops.
 """
 
+from __future__ import annotations
+
 import copy
+import json
 import logging
+import os
+import secrets
+import socket
 import threading
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +30,81 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.atomic import remedy
-from dinoreg.checkpoint.lease import TakenOver, acquire
+from dinoreg.checkpoint.atomic import part_name, remedy, write_atomic
+from dinoreg.config.overwrite import OWNER
 from dinoreg.config.schema import CheckpointConfig
-from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.runtime.errors import RunError
+from dinoreg.distributed.process_group import ALONE, Ranks, int_of
+from dinoreg.runtime.environment import start_time
+from dinoreg.runtime.errors import RunError, reworded
+from dinoreg.runtime.json_files import read_json
+
+
+class TakenOver(RunError):
+    """Another copy of this job has claimed the run folder; this one must not write there any more."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One start of a run, by default this one: a random token, and the host and process of its rank 0.
+
+    job, restarts  Slurm's job id (None outside Slurm) and how often Slurm has started the job again
+    time           of the start, seconds since 1970
+    started        of the process, as `start_time` says; None where unknown
+    """
+
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    host: str = field(default_factory=lambda: socket.gethostname())
+    pid: int = field(default_factory=os.getpid)
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
+    restarts: int = field(default_factory=lambda: int_of(os.environ, "SLURM_RESTART_COUNT", 0))
+    time: float = field(default_factory=time.time)
+    started: int | None = field(default_factory=lambda: start_time(os.getpid()))
+
+    def __str__(self) -> str:
+        place = f"process {self.pid}" if self.job is None else f"job {self.job}"
+        again = f" (restart {self.restarts})" if self.restarts else ""
+        return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
+
+    def successor(self, run: Path) -> Lease | None:
+        """The start that has claimed the run folder since; None while this one owns it."""
+        owner = owner_of(run)
+        return None if owner is None or owner.token == self.token else owner
+
+    def check(self, run: Path) -> None:
+        """Raise TakenOver when another start has claimed the run folder since."""
+        successor = self.successor(run)
+        if successor is not None:
+            raise TakenOver(f"{run} was taken over by {successor}; this copy ({self}) stops writing there")
+
+
+def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
+    """Claim the run folder for this start and remove the unfinished files of earlier ones. Called by all processes.
+
+    raises UserError, on all processes, when the folder cannot be written
+    """
+    with ranks.collective_errors():
+        lease = None
+        if ranks.is_main:
+            lease = Lease()
+            with reworded(f"out={run}: cannot be written", OSError):
+                write_atomic(run / OWNER, json.dumps(asdict(lease), indent=1) + "\n", lease.token)
+            checkpoint.remove_unfinished(run / "checkpoints")
+            for pattern in (part_name(Path(OWNER), "*").name, "checkpoints/*.part", "teacher/*.part"):
+                for path in run.glob(pattern):
+                    path.unlink(missing_ok=True)
+    owner: Lease = ranks.from_main(lease)
+    return owner
+
+
+def owner_of(run: Path) -> Lease | None:
+    """The owner of a run folder; None where owner.json is missing or unreadable."""
+    content = {"started": None, **read_json(run / OWNER)}
+    return Lease(**content) if content.keys() == {each.name for each in fields(Lease)} else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
 
 logger = logging.getLogger(__name__)
 

@@ -371,13 +371,11 @@ def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
 # The plain teacher file
 
 
-def write_teacher(
-    run: Path, step: int, teacher: dict[str, Tensor], description: dict[str, Any], token: str = ""
-) -> Path:
+def write_teacher(run: Path, step: int, teacher: dict[str, Tensor], about: dict[str, Any], token: str = "") -> Path:
     """Write `teacher/step_….safetensors` (float32) and its `.json` into the run folder, each in one rename.
 
     teacher      by name: `backbone.*`, `dino_head.*` and, untied, `ibot_head.*`
-    description  architecture, preprocessing and config_hash; step, format and digest are added
+    about        architecture, preprocessing and config_hash; step, format and digest are added
     token        as for `replacing`
     returns      the safetensors file
     raises       RunError when it cannot be written
@@ -386,7 +384,7 @@ def write_teacher(
     path = folder / f"{step_name(step)}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_weights(path, teacher, {"step": step, **description}, token)
+        write_weights(path, teacher, {"step": step, **about}, token)
     except OSError as error:
         raise RunError(f"teacher file {path} could not be written: {reason(error)}") from error
     return path

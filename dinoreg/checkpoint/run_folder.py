@@ -1,9 +1,12 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
-`Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
+`Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights;
+`RunState` says how it stands: finished, running, stopped, failed, or ended without a word.
 """
 
 import math
+import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from dinoreg.runtime.durations import about
+from dinoreg.runtime.environment import is_alive
 from dinoreg.runtime.json_files import STEP_NAME, flatten, is_number, number, read_json, read_json_lines, read_text
 
 # That dinov2 does not have.
@@ -74,11 +79,10 @@ class Run:
         self.status = read_json(path / "status.json")
         weights = [number(flatten(self.config).get(f"loss.{name}_weight", 1.0)) for name in ("dino", "ibot")]
         lines = read_json_lines(path / "metrics.jsonl")  # older ones have losses as optimised under dinov2's names
-        old = [
-            line | logged_losses(line, *weights) if "total_loss" in line and "loss" not in line else line
-            for line in lines
-        ]
-        self.metrics = by_step(old)
+        for line in lines:
+            if "total_loss" in line and "loss" not in line:
+                line.update(logged_losses(line, *weights))
+        self.metrics = by_step(lines)
         self.probe = by_step(read_json_lines(path / "probe.jsonl"))
         extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")
@@ -231,3 +235,62 @@ def _parameters(path: Path) -> int | None:
     except (OSError, SafetensorError):
         return None
     return sum(math.prod(shape) for shape in shapes) or None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a run stands
+
+
+# Phases, and how much each is a problem.
+MARKS = {"finished": "ok", "running": "running", "unseen": "running", "stopped": "open", "failed": "problem"}
+MARKS |= {"lost": "problem"}
+SPOKEN = {"unseen": "not seen to end", "lost": "ended without a word"}
+
+
+class RunState:
+    """How a run stands.
+
+    phase      one of MARKS; "unseen": on another machine, not seen to end; "lost": ended without a word
+    reason     why it ended early ("SIGTERM", an error), or where it runs; "" where nothing is to be said
+    reached    the last step that is known of
+    saved      the step of the last checkpoint; 0: nothing was saved
+    num_steps  of the whole run; None: unknown
+    updated    when its files were last written, in seconds since 1970; 0: unknown
+    """
+
+    def __init__(self, run: Run) -> None:
+        status = run.status
+        self.phase, self.reason = str(status.get("phase")), str(status.get("reason", ""))
+        if self.phase not in ("finished", "stopped", "failed"):
+            self.phase, self.reason = _alive(run.folder)
+        reached, self.saved = (whole(status.get(key)) or 0 for key in ("reached", "step"))
+        self.reached, self.num_steps = max(run.step, reached), run.num_steps
+        files = (run.folder / name for name in ("metrics.jsonl", "status.json"))
+        self.updated = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+
+    @property
+    def age(self) -> str:
+        """How long ago its files were last written, in words."""
+        return about(max(0.0, time.time() - self.updated)) if self.updated else ""
+
+    @property
+    def in_words(self) -> str:
+        """As "stopped by SIGTERM", "failed by an error, OSError: …" or "ended without a word (…)"."""
+        if self.phase in ("stopped", "failed"):
+            return f"{self.phase} by {'an error, ' if self.phase == 'failed' else ''}{self.reason or '?'}"
+        said = SPOKEN.get(self.phase, self.phase)
+        return f"{said} ({self.reason})" if self.reason else said
+
+
+def _alive(run: Path) -> tuple[str, str]:
+    """Phase and reason of a run that has not said that it ended."""
+    from dinoreg.checkpoint.async_writer import owner_of  # which needs torch, as the runs that have ended do not
+
+    owner = owner_of(run)
+    if owner is None:
+        return "unseen", ""
+    if owner.host != socket.gethostname():
+        return "unseen", str(owner)
+    if Path("/proc").is_dir() and not is_alive(owner.pid, owner.started):
+        return "lost", f"process {owner.pid} is gone; killed, or out of memory?"
+    return "running", str(owner)

@@ -222,10 +222,9 @@ def _progress_rows(run: Path) -> list[Row]:
 
 def _state(run: Path) -> tuple[str, str]:
     """Mark and text: how the run stands, and how to go on."""
-    from dinoreg.checkpoint.run_folder import Run
-    from dinoreg.checkpoint.run_state import MARKS, state_of
+    from dinoreg.checkpoint.run_folder import MARKS, Run, RunState
 
-    state = state_of(Run(run))
+    state = RunState(Run(run))
     whole, saved = state.num_steps or "?", f"saved at {state.saved}" if state.saved else "nothing saved"
     if state.phase == "finished":
         return "ok", f"finished: {state.saved} of {whole} steps"

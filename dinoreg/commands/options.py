@@ -76,6 +76,8 @@ class ExportOptions(Options, verb="export"):
     out: str = output(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
     channels: list[int] | None = option(None, "those that it shall take, as 0,2,3; none: all", low=0)
+    registers: str | None = option(None, "test_time: add one for outliers in `images`; not timm, transformers")
+    images: str | None = option(None, "a folder of images, a list of paths or scenes, for registers=test_time")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,18 @@ class EmbedOptions(Options, verb="embed"):
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
     workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
+
+
+@dataclass(frozen=True)
+class CurateOptions(Options, verb="curate"):
+    """The features that `dinoreg curate` judges a set of images by, and how."""
+
+    features: str = option(REQUIRED, "a file that `dinoreg embed` wrote, .safetensors or .parquet")
+    out: str = output(REQUIRED, "folder of the list that data= takes, of the table of copies and of the page")
+    threshold: float = option(0.95, "cosine, without the mean of all, from which on two are copies", above=0, high=1)
+    clusters: int = option(0, "of k-means; 0: the root of the number of images, at most 1000", low=0, high=65536)
+    balance: float = option(0.5, "1: every cluster is drawn as often; 0: every image", low=0, high=1)
+    seed: int = option(0, "of k-means", low=0, high=MAX_SEED)
 
 
 @dataclass(frozen=True)

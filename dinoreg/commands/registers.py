@@ -26,8 +26,7 @@ from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
-from dinoreg.registers.page import VIEW, write_registers
-from dinoreg.registers.verdict import console_table, judge
+from dinoreg.registers.page import VIEW, console_table, judge, write_registers
 from dinoreg.reports.html import WithPage
 from dinoreg.reports.verdict import Verdict
 from dinoreg.runtime.errors import RunError, UserError
@@ -100,11 +99,8 @@ def _report(options: RegistersOptions) -> RegisterReport:
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
             print_status(f"{encoder.name}: looking for register neurons")
-            model = fit(encoder, pictures, first).model
-            name = f"{encoder.name} + test-time register"
-            changed = NativeEncoder(model, name, encoder.preprocessing, encoder.device)
+            changed, first.record["test_time"] = fit(encoder, pictures, first.norms)
             measured.append(_measure(changed, pictures, options.seed))
-            measured[-1].record["added"] = True
     shown = to_unit(pictures.images[:SHOWN])
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)

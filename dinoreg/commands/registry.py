@@ -123,14 +123,6 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
             _function("commands.report", "compare_runs", "report")(folders, options.out and Path(options.out))
 
 
-def _export(options: keys.ExportOptions) -> None:
-    from dinoreg.export.certificate import summary
-    from dinoreg.export.run import export, read_certificate
-
-    folder = export(**vars(options))
-    print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
-
-
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
     if not arguments or "=" in arguments[0]:
@@ -195,6 +187,7 @@ _VERBS = (
     Verb("report", keys.ReportOptions, _report, _read_report),
     Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
     Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed_command", "features"), path="data"),
+    Verb("curate", keys.CurateOptions, _function("commands.curate", "curate_command"), path="features"),
     Verb(
         "view",
         keys.NoOptions,
@@ -206,7 +199,7 @@ _VERBS = (
         path="images",
     ),
     Verb("registers", keys.RegistersOptions, _function("commands.registers", "registers_command"), path="images"),
-    Verb("export", keys.ExportOptions, _export, path="weights"),
+    Verb("export", keys.ExportOptions, _function("commands.export", "export_command"), path="weights"),
     Verb("launch", LaunchOptions, _function("commands.launch", "launch_command"), tuple, _ACTIONS, _jobs, also=Config),
     Verb("doctor", keys.DoctorOptions, _function("commands.doctor", "doctor"), _read_doctor),
     Verb("completion", keys.NoOptions, print, _read_completion),

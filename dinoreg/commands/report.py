@@ -20,7 +20,7 @@ def compare_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
     from dinoreg.checkpoint.run_folder import Run
     from dinoreg.evaluation.comparison import between
     from dinoreg.evaluation.runner import read_result
-    from dinoreg.reports.compare import compare_report, run_names
+    from dinoreg.reports.run_report import compare_report, run_names
 
     loaded, named = [Run(run) for run in runs], []
     for name, run in zip(run_names(loaded), loaded):

@@ -78,7 +78,7 @@ def verdict_command(labelled: str, options: VerdictOptions, own: Mapping[str, An
 
 
 def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]) -> LabelledVerdict:
-    benchmark = own_benchmark(Path(labelled), own, options.columns)
+    benchmark = own_benchmark(labelled, own, options.columns)
     if not set(KINDS) <= {task.protocol for task in benchmark.tasks}:
         other = f"for {benchmark.task} see dinoreg eval, one out= for all"
         raise UserError(f"{labelled}: expected one class a picture; {other}")

@@ -1,4 +1,5 @@
-"""Reads dinov2's own training YAML (`student.*`, `teacher.*`, `crops.*`, `optim.*`, …) as a config of ours.
+"""Reads dinov2's own training YAML (`student.*`, `teacher.*`, `crops.*`, `optim.*`, …) as a config of ours, and tells
+the files of other projects apart from both.
 
 Keys that the file leaves out have the values of the reference's default config (`ssl_default_config.yaml`).
 Epochs become fractions of the run, of OFFICIAL_EPOCH_LENGTH steps each. What the reference does whatever its
@@ -14,8 +15,6 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number
 
 _SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
-_FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
-_CENTERING = {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}
 
 
 class Key(NamedTuple):
@@ -64,14 +63,14 @@ KEYS: dict[str, Key] = {
     "train.seed": Key(0, "seed"),
     "train.num_workers": Key(10, "data.workers"),
     "train.OFFICIAL_EPOCH_LENGTH": Key(1250, number=True),
-    "train.centering": Key("centering", "loss.centering", _CENTERING),
+    "train.centering": Key("centering", "loss.centering", {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}),
     "student.arch": Key("vit_large", names=_SIZES),
     "student.patch_size": Key(16, number=True),
     "student.drop_path_rate": Key(0.3, "model.drop_path"),
     "student.layerscale": Key(1e-5),
     "student.drop_path_uniform": Key(True, "model.drop_path_uniform"),
     "student.pretrained_weights": Key(""),
-    "student.ffn_layer": Key("mlp", "model.ffn", _FFN),
+    "student.ffn_layer": Key("mlp", "model.ffn", {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}),
     "student.num_register_tokens": Key(0, number=True),
     "student.interpolate_antialias": Key(False, "model.antialias"),
     "student.interpolate_offset": Key(0.1, "model.position_offset"),
@@ -122,7 +121,21 @@ DEAD: dict[str, str] = {
     "*": "unknown to this reader; nothing follows from it",
 }
 
-_OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
+# Keys that only other projects have, as patterns.
+_PROJECTS = {
+    "dinov3": (
+        *("gram.*", "schedules.*", "distillation.*", "multidistillation.*", "hrft.*", "coding_rate_loss.*"),
+        *("MODEL.META_ARCHITECTURE", "student.pos_embed_*", "student.n_storage_tokens", "student.untie_*"),
+        *("student.mask_k_bias", "student.fp8_*", "dino.koleo_*distributed*", "dino.koleo_topk", "crops.gram_*"),
+        *("ibot.mask_random_circular_shift", "train.use_teacher_head", "checkpointing.*"),
+    ),
+    "lightly-train": ("method_args", "method_args.*", "transform_args.*", "trainer_args.*", "loader_args.*"),
+    "mmpretrain": ("_base_", "default_scope", "Collections", "Models", "train_dataloader.*", "train_cfg.*"),
+    "VISSL": ("config.TRAINER.*", "config.DATA.*", "config.MODEL.*", "config.OPTIMIZER.*", "config.LOSS.*"),
+}
+_INSTEAD = "begin with one of dinoreg's (vits14_reg4, vitl16_short_reg4_in1k, …) and give its keys"
+_LACKING = {"dinov3": "; its backbones are names that end with _rope, its schedules are not read"}
+_SHOWN = 3
 
 
 class Translation(NamedTuple):
@@ -145,11 +158,11 @@ def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
     content  the file, by dotted key
     ours     all dotted keys of dinoreg's config
     """
-    sections = {key.partition(".")[0] for key in content}
-    if sections & ({path.partition(".")[0] for path in ours} - {"crops", "optim"}):
+    sections, own, theirs = ({key.partition(".")[0] for key in keys} for keys in (content, ours, (*KEYS, *DEAD)))
+    if sections & (own - {"crops", "optim"}):
         return False
-    theirs = {f"{section}." for section in _OWN_SECTIONS}
-    return any(key.startswith(tuple(theirs)) or (key in KEYS and key not in ours) for key in content)
+    prefixes = tuple(f"{section}." for section in theirs - {"crops", "optim"})
+    return any(key.startswith(prefixes) or (key in KEYS and key not in ours) for key in content)
 
 
 def is_dinov2_key(key: str) -> bool:
@@ -216,9 +229,7 @@ def _long_warmups(values: Mapping[str, Any], epochs: float) -> list[str]:
             f"dinov2, ends before teacher.teacher_temp={values['teacher.teacher_temp']:g} is reached"
         )
     if values["optim.freeze_last_layer_epochs"] >= epochs:
-        notes.append(
-            f"optim.freeze_last_layer_epochs: the last layers do not move in the whole run of {epochs:g} epochs"
-        )
+        notes.append(f"optim.freeze_last_layer_epochs: the last layers do not move in a run of {epochs:g} epochs")
     return notes
 
 
@@ -260,3 +271,25 @@ def _dataset_folder(path: str) -> str | None:
     if root and name == "ImageNet":
         return f"{root.rstrip('/')}/{pairs.get('split', 'TRAIN').lower()}"
     return root or None
+
+
+def refuse_foreign(content: Collection[str], ours: Collection[str], where: str) -> None:
+    """UserError, in one line, where a YAML file is another project's, by its keys or by most of them being unknown.
+
+    content  the file's dotted keys
+    ours     all dotted keys of dinoreg's config
+    where    the file, for the message
+    """
+    for project, patterns in _PROJECTS.items():
+        found = [key for key in content if key not in ours and any(fnmatchcase(key, each) for each in patterns)]
+        if found:
+            kind = f"a config of {project} ({_some(found)}){_LACKING.get(project, '')}"
+            raise UserError(f"config {where}: {kind}; {_INSTEAD}")
+    unknown = [key for key in content if key not in ours and key != "data" and not is_dinov2_key(key)]
+    if len(unknown) >= _SHOWN and 2 * len(unknown) > len(content):
+        few = f"{len(unknown)} of its {len(content)} keys are unknown ({_some(unknown)})"
+        raise UserError(f"config {where}: neither dinoreg's nor dinov2's, {few}; {_INSTEAD}")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")

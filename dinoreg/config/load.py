@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key
-from dinoreg.config.foreign import refuse_foreign
+from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key, refuse_foreign
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
-from dinoreg.config.presets import preset_values
 from dinoreg.config.schema import BUDGETS, Config
+from dinoreg.config.view_settings import preset_values
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.runtime.regular_files import read_regular
 
@@ -103,9 +102,7 @@ def find_config(source: str | Path) -> Path:
         return path
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
-            )
+            raise UserError(f"config {path}: a folder without config.yaml; expected a run, a YAML file or a name")
         return path / "config.yaml"
     if "/" in str(source):
         raise UserError(f"config {source}: no such file or folder")
@@ -127,9 +124,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not is_dinov2(content, ours):
         if content and all(is_dinov2_key(key) for key in content):
             both = ", ".join(content)
-            logger.warning(
-                "%s: dinov2's files have %s, too; read as a config of dinoreg, with its defaults", path, both
-            )
+            logger.warning("%s: dinov2's files have %s, too; read as dinoreg's, with its defaults", path, both)
         return content
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)

@@ -57,7 +57,6 @@ class Declaration:
     empty          whether a list may have no elements; `option` sets False where the default is a tuple
     pattern        a regular expression that the full text must match, ignoring case
     fits           what an accepted value, as a whole, makes true, in `expected` words; none fits always
-    written        a path that is written to: one that shells and disks of all kinds take
     expected       the accepted values in words, where the other properties do not say it
     shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as declared for its section
     """
@@ -73,7 +72,6 @@ class Declaration:
     empty: bool = False
     pattern: str = ""
     fits: Callable[[Any], bool] | None = None
-    written: bool = False
     expected: str = ""
     shapes_result: bool | None = None
 
@@ -86,7 +84,6 @@ class Declaration:
             return True
         if isinstance(value, str):
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
-            fits = fits and (not self.written or _can_be_written(value))
             return fits and (not self.choices or value in self.choices)
         bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
         if not is_number(value) or (isinstance(value, int) and abs(value) > LARGEST and self.high is None):
@@ -135,9 +132,9 @@ def fraction(default: Any, help: str, **declared: Any) -> Any:
 
 
 def output(default: Any, help: str, **declared: Any) -> Any:
-    """A path that is written to."""
+    """A path that is written to: one that shells and disks of all kinds take."""
     expected = "a path without control characters, its names of at most 200 bytes"
-    return option(default, help, written=True, expected=expected, **declared)
+    return option(default, help, fits=_can_be_written, expected=expected, **declared)
 
 
 def _can_be_written(path: str) -> bool:
@@ -209,9 +206,8 @@ def declarations(cls: Any) -> dict[str, tuple[Any, Declaration]]:
 
 def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
     """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only those that the result depends on."""
-    return {
-        key: operator.attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping
-    }
+    found = ((key, shapes) for key, _, _, shapes in _walk(type(options)))
+    return {key: operator.attrgetter(key)(options) for key, shapes in found if shapes or not shaping}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -430,10 +426,8 @@ def describe(options: Any) -> list[tuple[str, str, str]]:
     The meaning ends with the accepted values in parentheses.
     """
     cls, values = (options, {}) if isinstance(options, type) else (type(options), flat(options))
-    return [
-        _row(key, inspect.formatannotation(hint), item, values.get(key, item.default))
-        for key, hint, item, _ in _walk(cls)
-    ]
+    written = inspect.formatannotation
+    return [_row(key, written(hint), item, values.get(key, item.default)) for key, hint, item, _ in _walk(cls)]
 
 
 def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:

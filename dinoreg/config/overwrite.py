@@ -72,9 +72,7 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
         return
     if host == socket.gethostname():
         if pid != os.getpid() and owner.get("started") is not None and is_alive(pid, owner["started"]):
-            raise UserError(
-                f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
-            )
+            raise UserError(f"out={out}: its run is at work (process {pid}); end it, as kill {pid} does{_TAKEOVER}")
     elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
         try:
             silent = time.time() - (out / "metrics.jsonl").stat().st_mtime

@@ -21,7 +21,6 @@ BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
-CONSTANT_ONLY = "0 unless schedule.shape=constant"
 SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
@@ -173,19 +172,14 @@ class ScheduleConfig(Options, section="schedule"):
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
     gram_start: float = fraction(0.5, "fraction of the run after which loss.gram_weight holds to the teacher of then")
     gram_every: float | None = option(None, "fraction after which to a newer one; none: never", above=0, high=1)
-    shape: str = option(
-        "cosine",
-        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
-        choices=SHAPES,
-    )
+    shape: str = option("cosine", "constant: rate, decay and momentum stay; a run may be extended", choices=SHAPES)
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
-    horizon: int | None = option(
-        None, "steps that fractions of the run are of; none: its length, if constant that of its first start", low=1
-    )
+    horizon: int | None = option(None, "steps that fractions are of; none: all; constant: of the first start", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, CONSTANT_ONLY)
+        constant = "0 unless schedule.shape=constant"
+        check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, constant)
 
 
 @dataclass(frozen=True)
@@ -211,8 +205,7 @@ def is_value_range(numbers: Sequence[float]) -> bool:
     return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
 
 
-RANGE_WORDS = "LOW,HIGH with LOW below HIGH, once or for each channel"
-VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": RANGE_WORDS}
+VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": "LOW,HIGH, LOW below HIGH, once or for each channel"}
 
 
 @dataclass(frozen=True)
@@ -221,11 +214,7 @@ class DataConfig(Options, section="data"):
 
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
-    range: list[float] | None = option(
-        None,
-        "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type",
-        **VALUE_RANGE,
-    )
+    range: list[float] | None = option(None, "LOW,HIGH: values of black, white; none: by the type", **VALUE_RANGE)
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option(
         "", "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
@@ -236,9 +225,7 @@ class DataConfig(Options, section="data"):
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
-    reference_decode: bool = option(
-        False, "train on Pillow's convert(RGB) of whole files: EXIF orientation and alpha ignored, 16 bits cut to 8"
-    )
+    reference_decode: bool = option(False, "Pillow's convert(RGB): EXIF turns and alpha ignored, 16 bits cut to 8")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,9 +238,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(
-        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
-    )
+    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
@@ -290,9 +275,7 @@ class ProbeConfig(Options, section="probe"):
     """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
-    data: str | None = option(
-        None, "labelled images: a folder of classes or of train/, val/ with classes, a table, scenes; none: rank only"
-    )
+    data: str | None = option(None, "labelled: folder of classes or of train/, val/, a table, scenes; none: rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option(
         "", "as data.columns, of a table in data or general, and label:BREED,split:SET; empty: usual names"
@@ -328,11 +311,7 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option(
-        "auto",
-        "auto: bf16 where the hardware has it; tf32: fp32 whose products are rounded, on CUDA",
-        choices=(*PRECISIONS, "tf32"),
-    )
+    precision: str = option("auto", "auto: bf16 where hardware has it; tf32: on CUDA", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)

@@ -1,10 +1,10 @@
 """The options of crops, photometric augmentation and block masks, with DINOv2's defaults (its code)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from dinoreg.config.option import Options, check, fraction, option
-from dinoreg.config.presets import PRESETS
 
 MAX_SIDE = 16384  # pixels
 SHARES = {"above": 0, "high": 1, "ascending": True}
@@ -40,20 +40,52 @@ class CropSettings(Options, section="crops"):
         return [*before, (1.0, self.global_size, self.local_size)]
 
 
+# Of no preset: the normalisation, and what is the same for all pictures.
+_NEVER = ("preset", "mean", "std", "blur_sigma", "blur_kernel", "reference_blur", "solarize_threshold")
+_NO_COLOUR = {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "solarize_global2": 0.0}
+_NO_UP = {"hflip": 0.5, "vflip": 0.5, "turn": 0.75}
+_MILD = {"brightness": 0.2, "contrast": 0.2, "blur_global1": 0.5, "blur_local": 0.2}
+
+
+class Preset(NamedTuple):
+    """Values by name in the section "augment", and why."""
+
+    values: dict[str, Any]
+    why: str
+
+
+# Augmentation for kinds of pictures: `augment.preset`. A preset goes before the config's own values and behind those
+# that are given beside it.
+PRESETS = {
+    "histology": Preset(
+        {**_NO_UP, **_MILD, "saturation": 0.1, "hue": 0.02, "grayscale": 0.0, "solarize_global2": 0.0, "stain": 0.05},
+        "a slide has no up; laboratories differ in how strongly they stain (arXiv 1902.06543), and colour is meaning",
+    ),
+    "satellite": Preset(
+        {**_NO_UP, **_MILD, **_NO_COLOUR, "saturation": 0.1},
+        "seen from above there is no up; the colour of a pixel is what it is made of, haze and season change contrast",
+    ),
+    "xray": Preset(
+        {"hflip": 0.0, "vflip": 0.0, "turn": 0.0, **_MILD, **_NO_COLOUR, "window": 0.1},
+        "left and right, up and down are anatomy; exposure and window differ from device to device",
+    ),
+    "microscopy": Preset(
+        {**_NO_UP, **_MILD, **_NO_COLOUR, "window": 0.1, "channel_drop": 0.1},
+        "cells have no up; channels are stains of their own, one of which may be weak or missing",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class AugmentSettings(Options, section="augment"):
     """Colour, blur and normalisation of every crop. Probabilities are drawn per crop."""
 
-    preset: str | None = option(None, "values for a kind of picture; others beside it stay", choices=tuple(PRESETS))
+    preset: str | None = option(None, "values for a kind of picture; others stay", choices=("natural", *PRESETS))
     hflip: float = fraction(0.5, "probability of a left-right mirror")
     vflip: float = fraction(0.0, "probability of an up-down mirror; for images without an up (satellite, microscopy)")
     turn: float = fraction(0.0, "probability of a turn by 90, 180 or 270 degrees; as vflip")
-    window: float = option(
-        0.0, "share of the range that is cut off at either end, at most; the rest is spread", low=0, below=0.5
-    )
-    stain: float = option(
-        0.0, "haematoxylin, eosin and DAB times 1 - x .. 1 + x, plus -x .. x; RGB alone", low=0, high=1
-    )
+    window: float = option(0.0, "share of the range cut off at either end, at most; the rest spread", low=0, below=0.5)
+    stain: float = fraction(0.0, "haematoxylin, eosin and DAB times 1 - x .. 1 + x, plus -x .. x; RGB alone")
     channel_drop: float = fraction(0.0, "probability of losing a channel, each for itself; one stays", below=1)
     jitter_probability: float = fraction(0.8, "probability of the four colour changes below, in a random order")
     brightness: float = option(0.4, "factor drawn from 1 - x .. 1 + x", low=0, high=100)
@@ -76,6 +108,17 @@ class AugmentSettings(Options, section="augment"):
     def of_sensor(self) -> bool:
         """Whether crops are turned, windowed, stained anew or lose channels."""
         return self.turn + self.window + self.stain + self.channel_drop > 0
+
+
+PRESETS["natural"] = Preset(
+    {each.name: each.default for each in fields(AugmentSettings) if each.name not in _NEVER},
+    "DINOv2's: photographs of things mean the same in another light and mirrored, not upside down",
+)
+
+
+def preset_values(name: str | None) -> dict[str, Any]:
+    """The values of a preset by dotted key; {} without one, and for a name that the option will refuse."""
+    return {f"augment.{key}": value for key, value in PRESETS[name].values.items()} if name in PRESETS else {}
 
 
 @dataclass(frozen=True)

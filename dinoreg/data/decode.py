@@ -112,8 +112,7 @@ class EncodedImage:
         self._data = data if isinstance(data, bytes) else b""
         self.raw: RawPixels | None = None
         if isinstance(data, RawPixels):
-            self.format, self.mode = "files", f"{data.values.dtype} x {data.values.shape[2]}"
-            self.raw = data
+            self.format, self.raw, self.mode = "files", data, f"{data.values.dtype} x {data.values.shape[2]}"
         elif isinstance(data, np.ndarray):
             self.format, self.mode = "array", "RGB" if data.ndim == 3 else "L"
             self.raw = RawPixels(_with_channels(data))

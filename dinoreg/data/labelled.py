@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.source import PathSource
+from dinoreg.data.source import PathSource, Source
 from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
@@ -33,6 +33,7 @@ class LabelledImages:
     words        "train", "val" or "test" for each image, or None where nothing says so
     warnings     one line each
     passed_over  files beside the images that are none, by ending
+    images       those in shards, whose names the paths are; None: files
     further      where each channel is a file, those of the channels behind the first, as `paths`
     """
 
@@ -43,6 +44,7 @@ class LabelledImages:
     words: list[str] | None
     warnings: list[str]
     passed_over: dict[str, int]
+    images: Source | None = None
     further: tuple[list[str], ...] = ()
 
     def has(self) -> np.ndarray:
@@ -50,10 +52,10 @@ class LabelledImages:
         single = self.labels.ndim == 1
         return self.labels[:, None] == np.arange(len(self.class_names)) if single else self.labels == 1
 
-    def source(self) -> PathSource:
+    def source(self) -> Source:
         """The images, in the order of `paths`."""
         files = [path for row in zip(self.paths, *self.further, strict=True) for path in row]
-        return PathSource(self.root, PathBlock.of(files), 1 + len(self.further))
+        return self.images or PathSource(self.root, PathBlock.of(files), 1 + len(self.further))
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

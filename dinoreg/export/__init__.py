@@ -1,4 +1,4 @@
-"""Exporting a model for other libraries. The package is called as a function, see `dinoreg.export.run.export`."""
+"""Exporting a model for other libraries. The package is called as a function, see `dinoreg.commands.export.export`."""
 
 import sys
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ from torch import Tensor
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
-from dinoreg.export.picture_files import compare, prepare_code, write_pictures
-from dinoreg.export.source import Source, resized
+from dinoreg.export.source import Source, compare, prepare_code, resized, write_pictures
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
-from dinoreg.weights.resolve import read_weights
+from dinoreg.weights.resolve import Weights
 
 OUTPUTS = ("cls", "registers", "patches")
 ROUNDING_FACTOR = 3.0
@@ -81,10 +80,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
                 )
     pictures = _check_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
-    largest = {}
-    for dtype in ("float32", form.low):
-        differences = (c["relative_difference"] for c in checks if c["bounded"] and c["dtype"] == dtype)
-        largest[dtype] = max(differences, default=None)
+    bounded = [(check["dtype"], check["relative_difference"]) for check in checks if check["bounded"]]
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
     weights = {"weights": source.given, "architecture": source.model.architecture(), "parameters": parameters}
     if source.path is not None:
@@ -102,15 +98,12 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         },
         "inputs": f"standard normal noise, torch.manual_seed({SEED})",
         "checks": checks,
-        "largest_relative_difference": largest,
+        "largest_relative_difference": {
+            dtype: max((far for each, far in bounded if each == dtype), default=None) for dtype in ("float32", form.low)
+        },
         "pictures": pictures,
         "passed": True,
     }
-
-
-def overflows(certificate: Mapping[str, Any]) -> bool:
-    """Whether the source itself has an output that is not finite in the lower dtype."""
-    return any(check["note"] == OVERFLOW for check in certificate["checks"])
 
 
 def summary(certificate: Mapping[str, Any]) -> str:
@@ -118,9 +111,8 @@ def summary(certificate: Mapping[str, Any]) -> str:
 
     What is not bounded is said behind it, as a user whose pictures have another size than the native one meets it.
     """
-    peer_facts, worst = certificate["peer"], certificate["largest_relative_difference"]["float32"]
-    library = peer_facts["library"]
-    known = peer_facts["versions"].get(library) or f"PyTorch {peer_facts['versions']['torch']}"
+    library, versions = certificate["peer"]["library"], certificate["peer"]["versions"]
+    worst, known = certificate["largest_relative_difference"]["float32"], versions.get(library)
     count = sum(check["bounded"] for check in certificate["checks"])
     bound = certificate["bounds"]["float32"]
     files = [check["cosine"] for check in certificate["pictures"]["checks"]]
@@ -132,7 +124,7 @@ def summary(certificate: Mapping[str, Any]) -> str:
         most = max(math.inf if difference is None else difference for difference in found)
         elsewhere = f"; at other sizes than {native} it differs by {most:.1e}, export with size= for the one you use"
     return (
-        f"{library} ({known}) agrees in {count} checks; "
+        f"{library} ({known or 'PyTorch ' + versions['torch']}) agrees in {count} checks; "
         f"largest relative difference in float32 {worst:.1e} of {bound:g}; "
         f"{len(files)} picture files through its own processor: cosine {min(files):.6f} or more{elsewhere}"
     )
@@ -142,7 +134,7 @@ def check_read_back(form: Format, source: Source, folder: Path) -> None:
     """RunError unless dinoreg reads the artefact as the model that was written; an ONNX graph it does not read."""
     if form.name == "onnx":
         return
-    back, model = read_weights(folder), source.model
+    back, model = Weights(folder), source.model
     kept = Preprocessing.of(back.preprocessing, model.in_channels, model.image_size, model.patch_size, folder)
     same = kept == source.preprocessing
     if form.name not in ("timm", "transformers"):  # which have their own ways: their peers say whether they agree
@@ -153,9 +145,7 @@ def check_read_back(form: Format, source: Source, folder: Path) -> None:
         raise RunError(f"format={form.name}: the artefact is not read back as it was written; nothing written")
 
 
-def _check_pictures(
-    form: Format, source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _check_pictures(form: Format, source: Source, paths: dict[str, Path], answers: dict[str, Tensor]) -> dict[str, Any]:
     """The comparison from image files; RunError for the first picture that is not seen alike."""
     model = source.model
     bounded = source.preprocessing.size == model.image_size or _resampling(form, model) == _resampling(None, model)
@@ -174,10 +164,8 @@ def _check_pictures(
 
 def other_size(model: RegisterViT, square: bool = False) -> tuple[int, int]:
     """An image size (height, width) in pixels besides the native one: smaller, and rectangular unless `square`."""
-    rows, columns = model.grid
-    rows, columns = max(2, round(0.43 * rows)), max(3, round(0.6 * columns))
-    if square:
-        columns = rows
+    rows, columns = max(2, round(0.43 * model.grid[0])), max(3, round(0.6 * model.grid[1]))
+    columns = rows if square else columns
     if (rows, columns) == model.grid:
         rows, columns = rows + 1, columns + 1
     return rows * model.patch_size, columns * model.patch_size
@@ -193,13 +181,10 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     if ours == theirs:
         return [Trial(model, folder, at_native | elsewhere)]
     how, source_how = ("antialias={antialias}, offset={position_offset:g}".format(**each) for each in (theirs, ours))
-    differs = (
-        f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes than the native one "
-        "differ"
-    )
+    differs = f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes differ"
     # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
-    moved = replace(source, model=resized(model, square))
+    moved = source.of(resized(model, square))
     made = scratch / "second_size"
     made.mkdir()
     form.write(made, moved)
@@ -283,9 +268,8 @@ def _compare(form: Format, trial: Trial, answers: Mapping[str, Tensor]) -> Itera
             theirs = answers.get(f"{dtype}/{case}/{output}")
             if theirs is None or theirs.shape != value.shape:
                 shape = None if theirs is None else tuple(theirs.shape)
-                raise RunError(
-                    f"{form.peer}: {output} at {case} has shape {shape}, expected {tuple(value.shape)}; nothing written"
-                )
+                what = f"{output} at {case} has shape {shape}, expected {tuple(value.shape)}"
+                raise RunError(f"{form.peer}: {what}; nothing written")
             if value.numel():  # the registers of a model that has none are empty
                 size = list(trial.cases[case].shape[2:])
                 check = {"size": size, "batch": len(value), "dtype": dtype, "output": output}
@@ -315,11 +299,8 @@ def _answers(trial: Trial, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
     """The source's outputs in float32, computed in a dtype: {(case, output): tensor}."""
     model = copy.deepcopy(trial.model).to(dtype)
     with torch.inference_mode():
-        return {
-            (case, output): value.float()
-            for case, images in trial.cases.items()
-            for output, value in zip(OUTPUTS, model(images.to(dtype)))
-        }
+        found = {case: zip(OUTPUTS, model(images.to(dtype))) for case, images in trial.cases.items()}
+    return {(case, output): value.float() for case, each in found.items() for output, value in each}
 
 
 def listing(folder: Path) -> dict[str, Any]:

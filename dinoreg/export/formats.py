@@ -25,10 +25,15 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
-from dinoreg.weights.architecture import hidden_dim_of
-from dinoreg.weights.convert import to_meta, to_timm, to_transformers
-from dinoreg.weights.convert_dinov3 import to_dinov3
-from dinoreg.weights.library_configs import INTERPOLATIONS, KINDS, PROCESSOR, TIMM_ARGUMENTS, TIMM_DINOV3_ARGUMENTS
+from dinoreg.weights.architecture import (
+    INTERPOLATIONS,
+    KINDS,
+    PROCESSOR,
+    TIMM_ARGUMENTS,
+    TIMM_DINOV3_ARGUMENTS,
+    hidden_dim_of,
+)
+from dinoreg.weights.convert import to_dinov3, to_meta, to_timm, to_transformers
 from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 
 # timm's register models by width; other widths are set by arguments over a named model.
@@ -151,18 +156,15 @@ def write_transformers(folder: Path, source: Source) -> None:
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": model.in_channels == 3,
-        "do_resize": True,
         "size": {"shortest_edge": pixels.short_side},
         "resample": next(number for number, name in INTERPOLATIONS.items() if name == pixels.interpolation),
-        "do_center_crop": True,
         "crop_size": {"height": pixels.size[0], "width": pixels.size[1]},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    _write_json(folder / PROCESSOR, processor)
+    done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    _write_json(folder / PROCESSOR, processor | dict.fromkeys(done, True))
     _write_pixels(folder, source)
     _save(state, folder / "model.safetensors")
 
@@ -239,6 +241,9 @@ _FORMATS = (
     Format("onnx", write_onnx_files, ("onnx", "onnxruntime", "onnxscript"), "onnxruntime", "float16", 1e-4),
 )
 FORMATS = {form.name: form for form in _FORMATS}
+# Formats that carry code or a graph. A test-time register is in no weights: its hidden units give the largest of all
+# tokens' activations to one token and keep the class token's own, and the FFN of a plain ViT sees one token at a time.
+MOVING = ("meta", "safetensors", "onnx")
 
 
 def hidden_dim(model: RegisterViT) -> int:

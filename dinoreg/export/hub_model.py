@@ -49,6 +49,7 @@ class PlainViT(nn.Module):
     hidden_dim  width between the two matrices of the FFN (of the gated half, for "swiglu")
     layerscale  whether the blocks' branches are scaled by a learned factor per channel
     antialias, position_offset  how positions are resampled: bicubic, with the offset entering the scale
+    register_neurons  pairs of a block and a hidden unit, from 0, whose activation goes to the registers: `ToRegisters`
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class PlainViT(nn.Module):
         position_offset: float,
         rope_base: float | None,
         norm_eps: float,
+        register_neurons: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
         self.grid, self.patch_size = tuple(grid), patch_size
@@ -83,10 +85,13 @@ class PlainViT(nn.Module):
         self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.patch_embed = nn.Sequential(
-            OrderedDict(proj=nn.Conv2d(seen, dim, patch_size, patch_size), flatten=nn.Flatten(2))
-        )
+        projection = nn.Conv2d(seen, dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection, flatten=nn.Flatten(2)))
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
+        for index in {block for block, _ in register_neurons}:
+            units = [unit for block, unit in register_neurons if block == index]
+            ffn_of_block: Any = self.blocks[index].mlp
+            ffn_of_block.moved = ToRegisters(units, hidden_dim, num_registers)
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -263,8 +268,8 @@ class ChannelScale(nn.Module):
 
 def plain_ffn(dim: int, hidden_dim: int) -> nn.Module:
     """The feed-forward layer of two matrices with GELU between them, (B, T, D) -> (B, T, D)."""
-    layers = OrderedDict(fc1=nn.Linear(dim, hidden_dim), gelu=nn.GELU(), fc2=nn.Linear(hidden_dim, dim))
-    return nn.Sequential(layers)
+    first, second = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+    return nn.Sequential(OrderedDict(fc1=first, gelu=nn.GELU(), moved=nn.Identity(), fc2=second))
 
 
 class GatedFFN(nn.Module):
@@ -274,8 +279,29 @@ class GatedFFN(nn.Module):
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
+        self.moved: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) -> (B, T, D)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(self.moved(F.silu(gate) * value))
+
+
+class ToRegisters(nn.Module):
+    """Test-time registers (arXiv 2506.08010): they get the units' largest activation in the image, the patches none."""
+
+    chosen: Tensor
+
+    def __init__(self, units: Sequence[int], hidden_dim: int, num_registers: int) -> None:
+        super().__init__()
+        self.num_registers = num_registers
+        chosen = torch.zeros(hidden_dim, dtype=torch.bool)
+        chosen[list(units)] = True
+        self.register_buffer("chosen", chosen, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden units of all tokens (B, T, hidden) -> the same shape; the class token keeps its own."""
+        high, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+        largest = torch.where(high >= -low, high, low).expand(-1, self.num_registers, -1)
+        patches = torch.zeros_like(x[:, 1 + self.num_registers :])
+        return torch.where(self.chosen, torch.cat([x[:, :1], largest, patches], dim=1), x)

@@ -33,6 +33,7 @@ from dinoreg.models.layers import (
     PatchEmbed,
     init_linear_layers,
 )
+from dinoreg.models.register_neurons import move_to_registers
 from dinoreg.models.rope import Rope
 from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
@@ -40,7 +41,7 @@ from dinoreg.runtime.errors import UserError
 POSITION_STD = 0.02
 # The constructor's arguments, besides the image size, that the weights depend on.
 ARCHITECTURE = (
-    *("patch_size", "dim", "depth", "heads", "num_registers", "ffn", "ffn_ratio", "layerscale"),
+    *("patch_size", "dim", "depth", "heads", "num_registers", "register_neurons", "ffn", "ffn_ratio", "layerscale"),
     *("in_channels", "channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
 )
 CHANNELS = ("joint", "bag", "bag_mean")  # of an image are seen together, or each by itself
@@ -153,6 +154,7 @@ class RegisterViT(nn.Module):
     rope_base         None: positions are learned; else patches have rotary ones, of which this and the distortions in
                       training, rope_shift, rope_jitter and rope_rescale, are those of `Rope`
     key_bias          whether keys have a bias; norm_eps is that of all norms
+    register_neurons  pairs (block, hidden unit) that make the registers test-time ones, see `move_to_registers`
     attention         "auto" | "xformers" | "varlen" | "sdpa" | "plain"
     checkpointing     recompute each block in the backward pass instead of storing its activations
     raises            UserError for a value out of its range and for sizes that do not divide
@@ -188,6 +190,7 @@ class RegisterViT(nn.Module):
         rope_rescale: float = 2.0,
         key_bias: bool = True,
         norm_eps: float = NORM_EPS,
+        register_neurons: Sequence[Sequence[int]] = (),
         attention: str = "auto",
         checkpointing: bool = False,
     ) -> None:
@@ -212,6 +215,7 @@ class RegisterViT(nn.Module):
         self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
         self.rope_base, self.key_bias, self.norm_eps = rope_base, key_bias, norm_eps
+        self.register_neurons = [list(pair) for pair in register_neurons]
         self.rope = None if rope_base is None else Rope(rope_base, rope_shift, rope_jitter, rope_rescale)
         self.attention_backend, self.checkpointing = check_backend(attention), checkpointing
 
@@ -224,6 +228,7 @@ class RegisterViT(nn.Module):
         rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         hidden = int(dim * ffn_ratio)
         self.blocks = nn.ModuleList(Block(dim, heads, ffn, hidden, layerscale, drop_path=rate) for rate in rates)
+        move_to_registers(self.blocks, self.register_neurons, num_registers)
         self.norm = nn.LayerNorm(dim)
         self._tell_layers()
         self.init_weights()

@@ -18,8 +18,8 @@ from dinoreg.plan.devices import GIB
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import KOLEO, PARTS, STATE, TEACHER, Parts
 from dinoreg.plan.trace import trace_job
-from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
-from dinoreg.train.dense_probe import MOST_IMAGES
+from dinoreg.train.probes import BATCH_SIZE as PROBE_BATCH
+from dinoreg.train.probes import MOST_IMAGES
 from dinoreg.train.tutor import as_cut
 
 # Bytes of state for each parameter: student, teacher, and AdamW's two moments.

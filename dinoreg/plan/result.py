@@ -22,8 +22,8 @@ from dinoreg.plan.traffic import Collective, Step, step_of
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.errors import reworded
 from dinoreg.runtime.templates import render
-from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
+from dinoreg.train.probes import BATCH_SIZE as PROBE_BATCH
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
 ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FREE_SHARE", "LINK_SHARE")

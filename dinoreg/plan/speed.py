@@ -18,7 +18,7 @@ from dinoreg.plan.memory import memory_of, operations_of
 from dinoreg.plan.step import random_batch, take_step
 from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
 from dinoreg.train.parallelize import compile_blocks
-from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import load_tutor
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
         tutor = load_tutor(config, device, dtype)
         student, teacher = build_networks(config, tutor)
         anchor = build_networks(config)[1].backbone if config.loss.anchored else None
-        state = build_state(config, student, teacher, device, dtype, anchor, tutor=tutor)
+        state = TrainState(config, student, teacher, device, dtype, anchor, tutor=tutor)
         if config.model.compile:
             compile_blocks(state.student, state.teacher)
         batch = random_batch(config, student.backbone.patch_size, device, tutor)

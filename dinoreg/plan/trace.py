@@ -34,7 +34,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.packed_attention import PACKED
 from dinoreg.train.optimizer import start_moments
 from dinoreg.train.parallelize import device_mesh
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import Tutor, as_cut
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def _fake_state(
             _give_fake_parameters(network)
             network.__dict__["to"] = lambda *_, network=network: network  # fake parameters cannot be moved
     owners = ALONE if mesh is None else ranks
-    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh, tutor=tutor)
+    state = TrainState(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh, tutor=tutor)
     state.ranks = ranks
     return state
 

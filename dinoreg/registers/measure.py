@@ -20,9 +20,9 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.protocols.discovery import correct, crosswise
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.registers import outliers as measures
-from dinoreg.registers.test_time import Fitted, fit_test_time_register
+from dinoreg.registers.test_time import fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.norms import histogram, joined, token_norms
 
@@ -84,10 +84,7 @@ def measure(
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
     norms, special, cosine = inspection.norms()
-    limit = measures.robust_limit(norms[-1])
-    found = measures.find_outliers(norms[-1], limit)
-    outliers = norms[-1] > limit.value  # (n, N)
-    onset = measures.onset(norms, outliers) if found.kind != "none" else None
+    limit, found, outliers, onset = measures.find(norms)
     # Without outliers there is nothing to compare the other patches with.
     present = outliers if found.kind != "none" else torch.zeros_like(outliers)
     attention, attended = inspection.attention(outliers)
@@ -113,30 +110,39 @@ def measure(
         **inspection.token_content(present, onset),
         "discovery": inspection.discovery(pictures.boxes) if pictures.boxes is not None else None,
         "test_time": None,
+        "added": bool(encoder.module.register_neurons),
         "seconds": time.monotonic() - started,
     }
     return Measured(record, norms, outliers, attention)
 
 
+def patch_norms(encoder: NativeEncoder, pictures: Pictures) -> Tensor:
+    """Norms (L, n, N) of the patches after every block, as in `Measured`; RunError where they are no numbers."""
+    return _Inspection(encoder, pictures, 0, lambda _line: None).norms()[0]
+
+
 @torch.no_grad()
-def fit(encoder: NativeEncoder, pictures: Pictures, measured: Measured) -> Fitted:
-    """A test-time register for a backbone whose outliers have been measured; the search goes into its record.
+def fit(encoder: NativeEncoder, pictures: Pictures, norms: Tensor) -> tuple[NativeEncoder, dict[str, Any]]:
+    """The backbone with a test-time register for its outliers, by its norms (L, n, N), and a record of the search.
 
     raises  UserError for a backbone that has registers, or without outliers
     """
-    most = measured.outliers.sum(dim=1).argsort(descending=True, stable=True)[:FIT_IMAGES]
-    size = batch_size(encoder, measured.record["grid"])
+    limit, found, outliers, last_block = measures.find(norms)
+    if last_block is None:
+        largest = f"of {outliers.numel():,} patches the largest norm is {found.largest:.2f} times the median"
+        raise UserError(f"{encoder.name}: no outlier tokens, {largest}: nothing that a test-time register could take")
+    most = outliers.sum(dim=1).argsort(descending=True, stable=True)[:FIT_IMAGES]
+    size = batch_size(encoder, encoder.grid(*pictures.images.shape[-2:]))
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
-    masks = [measured.outliers[rows] for rows in most.split(size)]
-    last_block = measured.record["where"]["onset"]
-    fitted = fit_test_time_register(encoder.module, batches, masks, measured.record["limit"]["value"], last_block)
-    measured.record["test_time"] = {
+    masks = [outliers[rows] for rows in most.split(size)]
+    fitted = fit_test_time_register(encoder.module, batches, masks, limit.value, last_block)
+    name = f"{encoder.name} + test-time register"
+    return NativeEncoder(fitted.model, name, encoder.preprocessing, encoder.device), {
         "neurons": [neuron._asdict() for neuron in fitted.neurons],
         "before": fitted.before,
         "trials": [trial._asdict() for trial in fitted.trials],
         "images": len(most),
     }
-    return fitted
 
 
 def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:
@@ -278,9 +284,8 @@ class _Inspection:
         probed  the probes of the untouched backbone
         """
         self.progress(f"controls: {what}")
-        batches = [
-            each for each in rows[:CONTROL_IMAGES].split(max(self.size, 2)) if len(each) > 1 or what == "outliers"
-        ]
+        parts = rows[:CONTROL_IMAGES].split(max(self.size, 2))
+        batches = [each for each in parts if len(each) > 1 or what == "outliers"]
         if not batches:
             return []
         known = moments(self.contents(each, outliers[each], what)[0] for each in batches)

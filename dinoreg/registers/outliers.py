@@ -84,6 +84,25 @@ def find_outliers(norms: Tensor, limit: Limit) -> Outliers:
     return Outliers(kind, count, share, float(above.median()) / limit.median, largest, valley)
 
 
+class Found(NamedTuple):
+    """What the norms after every block show: the last block's limit, and the patches (B, N) bool beyond it.
+
+    onset  the block from which they stand out, see `onset`; None where `kind` is "none"
+    """
+
+    limit: Limit
+    outliers: Outliers
+    mask: Tensor
+    onset: int | None
+
+
+def find(norms: Tensor) -> Found:
+    """The outliers by norms (L, B, N) of the patches after each block, before the final norm."""
+    limit = robust_limit(norms[-1])
+    outliers, mask = find_outliers(norms[-1], limit), norms[-1] > limit.value
+    return Found(limit, outliers, mask, onset(norms, mask) if outliers.kind != "none" else None)
+
+
 def _valley(logs: Tensor, bulk: float, outliers: float) -> float:
     """Tokens in the emptiest window between two places on the axis of log norms, over those around the second."""
     width = (outliers - bulk) / 4

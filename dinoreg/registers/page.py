@@ -1,7 +1,8 @@
 """The register report as a page: verdict in words, models side by side, norms per block, where outliers sit, maps.
 
-It shows what `measure.py` has measured and measures nothing itself. A picture never says more than its caption: maps
-of attention that look clean are no proof that features are (Lappe and Giese, arXiv 2505.05892).
+It shows what `measure.py` has measured and measures nothing itself; its words and its table, models in columns, are
+templates. A picture never says more than its caption: maps of attention that look clean are no proof that features are
+(Lappe and Giese, arXiv 2505.05892).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
+from rich.table import Table
 
-from dinoreg.registers.measure import Measured
-from dinoreg.registers.verdict import comparison, judge, or_dash
-from dinoreg.reports.html import Scale
-from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks
-from dinoreg.runtime.templates import percent, score
+from dinoreg.registers.measure import BESIDE_OUTLIERS, Measured
+from dinoreg.reports.html import COLOURS, DOTTED, SETTINGS, Scale, percent_tick, set_log_ticks
+from dinoreg.reports.verdict import DASH, Verdict, in_words
+from dinoreg.runtime.printable import in_markup
+from dinoreg.runtime.templates import percent, render, score
 from dinoreg.visualize.attention import token_names
 from dinoreg.visualize.gallery import INK, Gallery, colour_map, figure_image, map_row, sheet, tile
 from dinoreg.visualize.norms import draw_blocks, set_grid
@@ -70,7 +72,7 @@ def write_registers(
             gallery.picture(f"maps_{number}", map_sheet(each, images), f"maps of {name}", f"{name}: ")
             for number, (each, name) in enumerate(zip(measured, names))
         ],
-        probed=[(record, _probe_scale(record["probes"])) for record in records if record["probes"]],
+        probed=[(record, Scale([*map(_on_scale, record["probes"])])) for record in records if record["probes"]],
         controlled=[(record["name"], _rows(record["controls"], CONTROLS)) for record in records],
         fitted=[(each, _rows(each["test_time"]["trials"], TRIALS)) for each in records if each["test_time"]],
         discovery=_rows([_discovery(record) for record in records if record["discovery"]], DISCOVERY),
@@ -88,8 +90,8 @@ def _discovery(record: dict[str, Any]) -> dict[str, Any]:
     return found | {"name": record["name"], "best": f"{best} ({low} to {high})"}
 
 
-def _probe_scale(probes: Sequence[dict[str, Any]]) -> Scale:
-    return Scale([(p["token"], p["accuracy"], p["low"], p["high"], p["token"].startswith("register")) for p in probes])
+def _on_scale(probe: dict[str, Any]) -> tuple[str, float, float, float, bool]:
+    return probe["token"], probe["accuracy"], probe["low"], probe["high"], probe["token"].startswith("register")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,9 +106,8 @@ def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
     height = 0.3 + 2.1 * len(records)
     with rc_context(SETTINGS | {"font.size": 8}):
         figure = Figure(figsize=(8.4, height), dpi=110)
-        figure.subplots_adjust(
-            left=0.065, right=0.985, wspace=0.16, hspace=0.55, bottom=0.4 / height, top=1 - 0.25 / height
-        )
+        between: dict[str, Any] = {"wspace": 0.16, "hspace": 0.55}
+        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.4 / height, top=1 - 0.25 / height, **between)
         for (left, right), record in zip(figure.subplots(len(records), 2, squeeze=False), records):
             layers = record["layers"]
             special = [layer["cls"] for layer in layers], zip(*(layer["registers"] for layer in layers))
@@ -158,3 +159,66 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
         lines.append(map_row(picture, maps, TILE))
     names = [name.replace("register", "reg") for name in token_names(tokens - 1)]
     return sheet(lines, ["image", "norms", *names])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In words, and as a table
+
+
+TONES = {"none": "good", "tail": "warn", "group": "bad"}
+ALIKE = 0.98  # mean cosine of registers that have not come apart
+
+
+def judge(record: dict[str, Any]) -> Verdict:
+    """One model's figures in words: the finding as headline, then what follows from it and what does not.
+
+    record  of `Measured`
+    """
+    outlier_probe = _probe(record, "outlier patch")
+    against = (outlier_probe or {}).get("against")
+    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > ALIKE
+    text = render(
+        "registers/templates/verdict.txt.j2",
+        **record,
+        copies=copies,
+        outlier_probe=outlier_probe,
+        against=against,
+        difference=against and in_words(against, "share", (outlier_probe or {})["n_test"]),
+        patch_probe=_probe(record, BESIDE_OUTLIERS) or _probe(record, "normal patch"),
+    )
+    headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
+    return Verdict("plain" if kind == "none" and copies else TONES[kind], headline, tuple(sentences))
+
+
+def _probe(record: dict[str, Any], token: str) -> dict[str, Any] | None:
+    return next((probe for probe in record["probes"] if probe["token"] == token), None)
+
+
+def console_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Models in columns, figures in rows, for the terminal."""
+    table = Table("", title="registers")
+    for record in records:
+        table.add_column(in_markup(record["name"]), justify="right", overflow="fold")
+    for name, cells in comparison(records):
+        table.add_row(name, *cells)
+    return table
+
+
+def comparison(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Rows of (name of the figure, a cell for each model); rows that no model has are left out."""
+    lines = zip(*(_figures(record).splitlines() for record in records))
+    parted = [[line.partition("|") for line in each] for each in lines]
+    rows = [(each[0][0], [cell for _, _, cell in each]) for each in parted]
+    return [(name, cells) for name, cells in rows if set(cells) != {DASH}]
+
+
+def _figures(record: dict[str, Any]) -> str:
+    accuracies = {probe["token"]: probe["accuracy"] for probe in record["probes"]}
+    best = max((each for token, each in accuracies.items() if token.startswith("register")), default=None)
+    found = {"dash": DASH, "accuracies": accuracies, "best_register": best}
+    return render("registers/templates/comparison.txt.j2", **record, **found)
+
+
+def or_dash(value: Any, written: Callable[[Any], str]) -> str:
+    """A value as formatted by `written`; a dash for None."""
+    return DASH if value is None else written(value)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinoreg.models.attention import Shapes
-from dinoreg.models.layers import Block, Mlp
+from dinoreg.models.register_neurons import output_layer
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 
@@ -73,7 +72,7 @@ def register_neurons(
     count       of units, at most
     raises      UserError where no patch is an outlier, or none is not
     """
-    width = _output_layer(model, 0).in_features
+    width = output_layer(model.blocks[0]).in_features
     sums, counts = torch.zeros(2, last_block + 1, width, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.float64)
     for images, mask in zip(batches, outliers, strict=True):
         kinds = torch.stack([mask, ~mask]).to(images.device)
@@ -95,28 +94,19 @@ def with_test_time_register(
     """The same backbone with tokens of zeros that take over the neurons' largest activation (arXiv 2506.08010, §5).
 
     The given model is not changed and shares its weights with the one returned, a RegisterViT with `num_registers`
-    registers, whose methods work as usual. The activation is moved by hooks, so saved weights do not include it. For
-    evaluation mode only.
+    registers, whose methods work as usual and whose `architecture` has the neurons. For evaluation mode only.
 
     raises  UserError where the model has registers already, or a neuron does not exist
     """
     if model.num_registers:
         raise UserError(f"the model has {model.num_registers} registers; a test-time register is for one without any")
-    options = model.architecture() | {"num_registers": num_registers, "attention": model.attention_backend}
+    added = {"num_registers": num_registers, "register_neurons": [(each.block, each.unit) for each in neurons]}
+    options = model.architecture() | added | {"attention": model.attention_backend}
     with torch.device("meta"):
         changed = RegisterViT(**options)
     state = model.state_dict() | {"register_tokens": model.cls_token.new_zeros(1, num_registers, model.dim)}
     changed.load_state_dict(state, assign=True)
-    for block in sorted({neuron.block for neuron in neurons}):
-        if not 0 <= block < model.depth:
-            raise UserError(f"block {block} is out of range: the model has {model.depth} blocks")
-        layer = _output_layer(changed, block)
-        units = sorted({neuron.unit for neuron in neurons if neuron.block == block})
-        if not 0 <= units[0] <= units[-1] < layer.in_features:
-            raise UserError(f"unit {units[-1]} is out of range: a block has {layer.in_features} hidden units")
-        mover = _Mover(units, num_registers)
-        changed.blocks[block].register_forward_pre_hook(mover.remember)
-        layer.register_forward_pre_hook(mover.move)
+    changed.preprocessing = model.preprocessing
     return changed.eval().requires_grad_(False)
 
 
@@ -161,7 +151,7 @@ def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tenso
     hidden: list[Tensor] = []
     with ExitStack() as handles:
         for block in range(blocks):
-            layer = _output_layer(model, block)
+            layer = output_layer(model.blocks[block])
             handle = layer.register_forward_pre_hook(lambda _module, inputs: hidden.append(inputs[0].detach()))
             handles.enter_context(handle)
         model(images)
@@ -171,37 +161,3 @@ def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tenso
 def _share(patches: Sequence[Tensor], limit: float) -> float:
     above = [(part.float().norm(dim=-1) > limit).flatten() for part in patches]
     return float(torch.cat(above).double().mean())
-
-
-def _output_layer(model: RegisterViT, block: int) -> nn.Linear:
-    """The layer that reads a block's hidden units."""
-    module = model.blocks[block]
-    assert isinstance(module, Block)
-    return module.mlp.fc2 if isinstance(module.mlp, Mlp) else module.mlp.w3
-
-
-class _Mover:
-    """Hooks of one block: record how its tokens are packed, then move the neurons' activation."""
-
-    def __init__(self, units: Sequence[int], num_registers: int) -> None:
-        self.units, self.num_registers = torch.tensor(units), num_registers
-        self.shapes: Shapes = ()
-
-    def remember(self, _module: nn.Module, inputs: tuple) -> None:
-        self.shapes = inputs[1]
-
-    def move(self, _module: nn.Module, inputs: tuple) -> tuple[Tensor]:
-        """hidden (S, hidden): for every image the largest activation goes to the registers, zero to the patches; the
-        class token keeps its own."""
-        hidden = inputs[0].clone()
-        if sum(images * tokens for images, tokens in self.shapes) != len(hidden):
-            raise RuntimeError("a test-time register works in evaluation mode only")
-        units, first, start = self.units.to(hidden.device), 1 + self.num_registers, 0
-        for images, tokens in self.shapes:
-            group = hidden[start : start + images * tokens].view(images, tokens, -1)
-            start += images * tokens
-            values = group[..., units]  # (images, tokens, units)
-            largest = values.gather(1, values.abs().argmax(dim=1, keepdim=True))
-            group[:, 1:first, units] = largest.expand(-1, self.num_registers, -1)
-            group[:, first:, units] = 0
-        return (hidden,)

@@ -51,9 +51,8 @@ class Probed(NamedTuple):
         """The paired difference to another token's probe, as `comparison.compare` gives it; None on other images."""
         if not torch.equal(self.tested, other.tested):
             return None
-        return compare(
-            *(Row("probe", "top-1", *p[:3], n_test=p.n_test, replicates=tuple(p.replicates)) for p in (self, other))
-        )
+        rows = (Row("probe", "top-1", *p[:3], n_test=p.n_test, replicates=tuple(p.replicates)) for p in (self, other))
+        return compare(*rows)
 
 
 def probe_token(

@@ -1,6 +1,7 @@
 """The report of an evaluation: one table for the terminal, HTML, Markdown and CSV, and a section for every dataset.
 
-It reads the records in `eval/<step>/` and nothing else, so that it can be written again at any time and anywhere.
+It reads the records in `eval/<step>/` and nothing else, so that it can be written again at any time and anywhere. What
+a record's rows know of single classes (recall and precision, AP, IoU, confusions) becomes tables of text.
 """
 
 import csv
@@ -8,8 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, read_probe
+from dinoreg.checkpoint.run_folder import read_probe
 from dinoreg.reports import html
-from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
@@ -33,7 +32,6 @@ NUMBERS = ("value", "95 % interval", "guessing", *ROLES)
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
 
 
-@dataclass(frozen=True)
 class Record:
     """One dataset's file: its headline as a probe, and its content.
 
@@ -43,12 +41,12 @@ class Record:
     examples   pictures
     """
 
-    probe: Probe
-    content: dict[str, Any]
-    weights: dict[str, Any]
-    rows: list[dict[str, Any]]
-    published: list[dict[str, Any]]
-    examples: list[Path]
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        self.content, self.probe = content, read_probe(content, path)
+        self.weights = (_dicts([content.get("weights")]) or [{}])[0]
+        self.rows = _dicts(content.get("rows"))
+        self.published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
+        self.examples = sorted((path.parent / "examples" / path.stem).glob("*.png"))
 
     @property
     def title(self) -> str:
@@ -81,15 +79,8 @@ class Line(NamedTuple):
 
 def read_records(folder: Path) -> list[Record]:
     """The records of an `eval/<step>/` folder, by dataset; files of other kinds are skipped."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path)
-        if content.get("format") == FORMAT and is_number(content.get("value")):
-            weights = (_dicts([content.get("weights")]) or [{}])[0]
-            published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
-            examples = sorted((folder / "examples" / path.stem).glob("*.png"))
-            rows = _dicts(content.get("rows"))
-            records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
+    found = ((read_json(path), path) for path in sorted(folder.glob("*.json")))
+    records = [Record(*each) for each in found if each[0].get("format") == FORMAT and is_number(each[0].get("value"))]
     if len({record.weights.get("identity") for record in records}) > 1:
         for record in records:
             record.content["title"] = f"{record.title}, {record.weights.get('name')}"
@@ -107,9 +98,8 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Seq
     lines = [record_lines(record) for record in records]
     values: dict[str, Any] = {"lead": _lead(records), "paired_columns": PAIRED, "paired": paired_rows(paired)}
     cells = [[line.cells for line in each] for each in lines]
-    write_atomic(
-        folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
-    )
+    table = render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
+    write_atomic(folder / "table.md", table)
     write_atomic(folder / "table.csv", comma_separated(records))
     values["headlines"] = _filled([line.cells for each in lines for line in each if line.is_headline])
     values |= {"datasets": list(map(_section, records, lines)), "absent": absent}
@@ -154,9 +144,8 @@ def comma_separated(records: Sequence[Record]) -> str:
         for row in record.rows:
             against = differences(row)
             values = {role: record.baseline(role, row).get("value") for role in ROLES} | about
-            writer.writerow(
-                row | values | {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
-            )
+            values |= {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
+            writer.writerow(row | values)
     return text.getvalue()
 
 
@@ -257,3 +246,60 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 def _lead(records: Sequence[Record]) -> str:
     names = dict.fromkeys(str(record.weights.get("name", "")) for record in records)
     return f"Evaluation of {', '.join(filter(None, names)) or 'nothing'}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Single classes
+
+
+IN_FULL, LISTED = 12, 30  # classes of a matrix that is shown whole; rows of a list
+SINGLE = {"AP": "AP", "iou": "IoU"}  # details of one number a class, and their names
+
+
+class ClassTable(NamedTuple):
+    """A title, column headings and rows of text; columns from the second on are numbers where `numeric`."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    numeric: bool = True
+
+
+def class_tables(row: Mapping[str, Any]) -> list[ClassTable]:
+    """The tables of one row of a record; [] where its details have nothing on classes, or not what was written."""
+    try:
+        return list(_tables(row["details"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return []
+
+
+def _tables(details: Mapping[str, Any]) -> Iterator[ClassTable]:
+    classes = [(each["class"], each["n"], each["recall"], each["precision"]) for each in details.get("classes", ())]
+    if classes:
+        rows = [([name, f"{n:,}", _share(recall), _share(precision)], recall) for name, n, recall, precision in classes]
+        yield _lowest("recall", ["class", "test images", "recall", "precision"], rows)
+        names, matrix = [name for name, *_ in classes], details.get("confusion", ())
+        wrong = [[names[i], names[j], n] for i, line in enumerate(matrix) for j, n in enumerate(line) if n and i != j]
+        listed = details.get("confusions") or sorted(wrong, key=lambda each: -each[2])
+        if matrix and len(names) <= IN_FULL:
+            rows_of_text = [[name, *map(str, line)] for name, line in zip(names, matrix)]
+            yield ClassTable("Confusion: rows are the true classes, columns what was said", ["", *names], rows_of_text)
+        elif listed:
+            rows_of_text = [list(map(str, each)) for each in listed[:LISTED]]
+            yield ClassTable("Largest confusions", ["true class", "said to be", "images"], rows_of_text, numeric=False)
+    for key, name in SINGLE.items():
+        if values := details.get(key):
+            yield _lowest(name, ["class", name], [([each, _share(value)], value) for each, value in values.items()])
+
+
+def _lowest(key: str, head: list[str], rows: list[tuple[list[str], Any]]) -> ClassTable:
+    """The rows, each with the value of `key`; of many classes those with the lowest."""
+    if len(rows) <= LISTED:
+        return ClassTable("Classes", head, [text for text, _ in rows])
+    known = sorted((row for row in rows if is_number(row[1])), key=lambda row: number(row[1]))
+    title = f"The {LISTED} of {len(rows):,} classes with the lowest {key}"
+    return ClassTable(title, head, [text for text, _ in known[:LISTED]])
+
+
+def _share(value: Any) -> str:
+    return score(value) if is_number(value) else DASH

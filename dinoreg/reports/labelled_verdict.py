@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
-from dinoreg.reports.plots import Chart, Line
+from dinoreg.reports.html import Chart, Line
 from dinoreg.reports.verdict import Verdict, in_words
 from dinoreg.runtime.templates import score, with_interval
 
@@ -153,9 +153,8 @@ def write_page(record: Mapping[str, Any], folder: Path) -> Path:
     ends = {role: [each["logistic"][key] for key in ("value", "low", "high")] for role, each in roles.items()}
     rows = [(NAMES[role], *each, role == "own") for role, each in ends.items()]
     curves = {NAMES[role]: each["curve"] for role, each in roles.items() if each["curve"]}
-    lines = [
-        Line(name, *([each[key] for each in curve] for key in ("labels", "value"))) for name, curve in curves.items()
-    ]
+    points = {name: [[each[key] for each in curve] for key in ("labels", "value")] for name, curve in curves.items()}
+    lines = [Line(name, *both) for name, both in points.items()]
     note = "Share of pictures named rightly, over the labels learnt from: higher and further to the left is better."
     options: dict[str, Any] = {"percent": True, "marker": True, "x_label": "labels", "log_x": True}
     advice = record["advice"]
@@ -179,6 +178,5 @@ def write_page(record: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _pictures(shown: Sequence[Mapping[str, str]], folder: Path) -> list[html.Picture | None]:
-    return [
-        html.picture(folder / each["file"], each["image"], f"is {each['is']}; said {each['wrong']}") for each in shown
-    ]
+    told = [(each["file"], each["image"], f"is {each['is']}; said {each['wrong']}") for each in shown]
+    return [html.picture(folder / file, image, said) for file, image, said in told]

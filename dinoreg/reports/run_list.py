@@ -1,7 +1,5 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.checkpoint.run_folder import Run
-from dinoreg.checkpoint.run_state import SPOKEN, RunState, state_of
+from dinoreg.checkpoint.run_folder import SPOKEN, Run, RunState
 from dinoreg.checkpoint.steps import PROBED
 from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError
@@ -58,7 +55,6 @@ def probed(run: Run) -> tuple[Figure | None, Figure | None]:
     return next(reversed(figures.values()), None), figures.get(pointed_step(run.folder, "best"))
 
 
-@dataclass(frozen=True)
 class ListedRun:
     """A run of a folder.
 
@@ -68,12 +64,10 @@ class ListedRun:
     results     {dataset: headline value} of its newest evaluations
     """
 
-    folder: Path
-    state: RunState
-    loss: float | None
-    last: Figure | None
-    best: Figure | None
-    results: dict[str, float]
+    def __init__(self, run: Run) -> None:
+        self.folder, self.state, self.loss = run.folder, RunState(run), run.last("loss")
+        self.last, self.best = probed(run)
+        self.results = {probe.dataset: probe.value for probe in run.newest_probes()}
 
     def __repr__(self) -> str:
         return f"<run {self.folder}: {self.state.in_words}, step {self.state.reached:,}, {self.last or 'not probed'}>"
@@ -90,26 +84,18 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
     if not place.is_dir():
         raise UserError(f"runs: {folder}: no such folder; expected one with run folders in it")
     configs = [place / "config.yaml"] if (place / "config.yaml").is_file() else place.glob("*/config.yaml")
-    found = []
-    for run in (Run(path.parent) for path in configs):
-        results = {probe.dataset: probe.value for probe in run.newest_probes()}
-        found.append(ListedRun(run.folder, state_of(run), run.last("loss"), *probed(run), results))
+    found = [ListedRun(Run(path.parent)) for path in configs]
     if not found:
         raise UserError(f"runs: {folder}: no run in it (a run folder has a config.yaml)")
     return sorted(found, key=lambda each: (-each.state.updated, str(each.folder)))
 
 
 def print_runs(folder: str) -> None:
-    """Run `dinoreg runs`: print the runs of a folder as a table."""
-    Console(highlight=False).print(runs_table(runs(folder)))
-
-
-def runs_table(found: Iterable[ListedRun]) -> Table:
-    """The runs as a table for the terminal, of 80 columns or more."""
+    """Run `dinoreg runs`: print the runs of a folder as a table, of 80 columns or more."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("run", "state", "steps", "loss", "last", "best", "age"):
         table.add_column(name, justify="right" if name in ("steps", "loss", "age") else "left", overflow="fold")
-    for each in found:
+    for each in runs(folder):
         state, whole = each.state, each.state.num_steps
         said = SPOKEN.get(state.phase, state.phase)
         why = f"\n{in_markup(state.reason)}" if state.reason and state.phase != "running" else ""
@@ -117,4 +103,4 @@ def runs_table(found: Iterable[ListedRun]) -> Table:
         loss = DASH if each.loss is None else f"{each.loss:.3f}"
         figures = (figure.short if figure else DASH for figure in (each.last, each.best))
         table.add_row(in_markup(each.folder.name), said + why, steps, loss, *figures, state.age)
-    return table
+    Console(highlight=False).print(table)

@@ -1,17 +1,24 @@
-"""`report.html`: a run as one self-contained page, from the files that its folder holds so far."""
+"""Runs as one self-contained page, from the files that their folders hold so far: `report.html` of one, and several
+side by side, as a table, what differs in their configs, and their curves over one another.
+"""
 
+import os
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run
+from dinoreg.checkpoint.run_folder import Run, RunState
 from dinoreg.checkpoint.steps import which_steps
+from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
-from dinoreg.reports.plots import run_charts
-from dinoreg.reports.verdict import verdict
+from dinoreg.reports.html import CHARTS, Chart, Line, run_charts
+from dinoreg.reports.run_list import probed
+from dinoreg.reports.verdict import DASH, PAIRED, paired_rows, verdict
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import flatten
+from dinoreg.runtime.templates import score
 
 MAX_LISTED = 200  # skipped images shown by name
 PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of the page
@@ -54,3 +61,113 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+# Options that do not affect training.
+NOT_COMPARED = ("out", *COMMAND_ONLY, "data.index_dir")
+# Of those that do: what losses are of, so that they are on one scale only where these are equal.
+OF_LOSSES = ("batch_size", "head.", "crops.", "mask.", "loss.", "distill", "schedule.teacher_temp")
+
+
+def compare_report(runs: Sequence[Run], out: Path | None = None, paired: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Write one page on several runs; returns its path.
+
+    out     a file or an existing folder; None: `report.html` in the current one
+    paired  their results against one another on the same images, as `comparison.between` gives them
+    """
+    names = run_names(runs)
+    path = Path(out or "report.html")
+    path = path / "report.html" if path.is_dir() else path
+    columns, rows = comparison(runs, names)
+    unlike, reports = differences(runs), [run.folder / "report.html" for run in runs]
+    content = html.page(
+        "reports/templates/compare.html.j2",
+        f"{len(runs)} runs compared",
+        lead=", ".join(names),
+        names=names,
+        columns=columns,
+        rows=rows,
+        links=[os.path.relpath(each, path.parent) if each.is_file() and each != path else "" for each in reports],
+        apart=[key for key in unlike if key.startswith(OF_LOSSES)],
+        paired_columns=PAIRED,
+        paired=paired_rows(paired),
+        differences=[(key, *(value or DASH for value in values)) for key, values in unlike.items()],
+        charts=html.charts(overlaid(runs, names)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+    return path
+
+
+def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Column headings and one row of text per run, with a dash for what is not known; empty columns are left out."""
+    datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
+    rows = []
+    for run, name in zip(runs, names):
+        rates, (last, best) = run.series("images_per_second")[1], probed(run)
+        figures = {p.dataset: [score(v, p.unit) for v in (p.value, p.low, p.high)] for p in run.newest_probes()}
+        probes = {dataset: f"{value} ({low} to {high})" for dataset, (value, low, high) in figures.items()}
+        row = {
+            "run": name,
+            "state": RunState(run).in_words,
+            "model": str(flatten(run.config).get("model.name") or ""),
+            "step": f"{run.step:,}",
+            "images": f"{run.images_seen:,}" if run.images_seen else "",
+            "img/s": f"{statistics.median(rates):.0f}" if rates else "",
+            "total loss": _number(run.last("loss")),
+            "probe, last (95 %)": str(last or ""),
+            "probe, best (95 %)": str(best or ""),
+            "RankMe": _number(run.last("rankme")),
+        }
+        row |= {f"{dataset} (95 %)": probes.get(dataset, "") for dataset in datasets}
+        rows.append(row | {"problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events))})
+    filled = [column for column in rows[0] if column == "run" or any(row[column] for row in rows)]
+    return filled, [[row[column] or DASH for column in filled] for row in rows]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{key: its value in each run, as text} for every config key on which the runs disagree."""
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_COMPARED)
+    values = {key: [_text(config[key]) if key in config else "" for config in configs] for key in keys}
+    return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """One chart per measurement with a line per run; over images, not steps, where batch sizes differ and are known."""
+    by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
+    charts = []
+    for each in CHARTS["compared"]:
+        (key,) = each["keys"]
+        chart = Chart(each["title"], each["note"], x_label="images" if by_images else "step", **each["options"])
+        for run, name in zip(runs, names):
+            x, y = run.series(key)
+            if by_images and run.images_seen and run.step:
+                x = [step * run.images_seen / run.metrics[-1]["step"] for step in x]
+            if x:
+                chart.lines.append(Line(name, x, y))
+        charts.append(chart)
+    return [chart for chart in charts if chart.lines]
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Folder names, with as much of the path as makes them distinct."""
+    parts = [run.folder.resolve().parts for run in runs]
+    longest = max(len(each) for each in parts) if parts else 1
+    for depth in range(1, longest + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({number + 1})" for number, run in enumerate(runs)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)

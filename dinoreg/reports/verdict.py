@@ -147,9 +147,8 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
     rows = []
     for each in paired:
-        ours, theirs = (
-            f"{each[key]} {score(value, each['unit'])}" for key, value in zip(("model", "other"), each["values"])
-        )
+        pairs = zip((each["model"], each["other"]), each["values"])
+        ours, theirs = (f"{name} {score(value, each['unit'])}" for name, value in pairs)
         measure, said = f"{each['protocol']}, {each['metric']}", in_words(each, each["unit"], each["n_test"])
         rows.append([str(each["dataset"]), measure, ours, said, theirs])
     return rows

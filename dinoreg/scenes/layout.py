@@ -4,8 +4,9 @@ A plan is a pure function of (seed, index), independent of the picture's size. L
 picture's side, so a scene is the same at every size.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,8 @@ USUAL_BACKGROUND = 0.85
 BULGE = 0.6  # how far an object's middle stands out, in radii
 FOCAL = 1.2 * UNITS  # focal length, units
 PLAN_STREAM, NOISE_STREAM, LABEL_STREAM = 0, 1, 2
+
+Draw = Callable[..., Any]  # uniform numbers in [low, high), by default in [0, 1), the next ones of a stream
 
 
 class Pose(NamedTuple):
@@ -76,25 +79,6 @@ class Plan(NamedTuple):
     noise: float
 
 
-class Draws:
-    """A stream of uniform draws for one scene; calling it gives the next one, a float in [low, high)."""
-
-    def __init__(self, generator: np.random.Generator) -> None:
-        self.generator = generator
-
-    def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A uniform number in [low, high)."""
-        return low + (high - low) * self.generator.random()
-
-    def several(self, count: int) -> list[float]:
-        """The next `count` draws, from [0, 1)."""
-        return self.generator.random(count).tolist()
-
-    def below(self, count: int) -> int:
-        """A uniform integer in 0 to `count` - 1, from one draw."""
-        return int(self.generator.random() * count)
-
-
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
     """The counter-based random stream of one scene; streams of different scenes or purposes never overlap.
 
@@ -126,7 +110,7 @@ def _colour(hue: float, chroma: float, luma: float) -> list[float]:
     return [luma + chroma * (value - grey) for value in wave]
 
 
-def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[list[float]]:
+def _two_tone(draw: Draw, hue: float, contrast: tuple[float, float]) -> list[list[float]]:
     """Two colours of a palette, of clearly different brightness, the second usually darker."""
     base = hue + draw(-0.06, 0.06)
     half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
@@ -135,7 +119,7 @@ def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[li
     return [first, _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half)]
 
 
-def _place(draw: Draws, radius: float, things: list[Thing]) -> tuple[float, float] | None:
+def _place(draw: Draw, radius: float, things: list[Thing]) -> tuple[float, float] | None:
     """A centre for a smaller object, outside the middle of those in front of it; None if there is no room."""
     poses = [thing.pose for thing in things]
     for _ in range(6):
@@ -145,10 +129,10 @@ def _place(draw: Draws, radius: float, things: list[Thing]) -> tuple[float, floa
     return None
 
 
-def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: float) -> Thing:
+def _thing(draw: Draw, label: int, x: float, y: float, radius: float, behind: float) -> Thing:
     kind = KINDS[label]
     pose = Pose(x, y, radius, draw(-kind.turn, kind.turn), 1.0 if draw() < 0.5 else -1.0)
-    draw.several(4)  # unused, but without these draws all scenes would change
+    draw(size=4)  # unused, but without these draws all scenes would change
     period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
     hue = PALETTES[kind.background] + 0.5  # the complement, so that the object stands out
     colours = _two_tone(draw, hue, (0.15, 0.30))  # ground and pattern; then parts and detail
@@ -157,7 +141,7 @@ def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: f
     metres = kind.metres * draw(0.8, 1.25)
     bulge = BULGE * metres
     near = max(metres * FOCAL / radius - bulge, behind)
-    return Thing(label, pose, draw.several(6), radius / period, np.array(colours, np.float32), near, bulge)
+    return Thing(label, pose, draw(size=6).tolist(), radius / period, np.array(colours, np.float32), near, bulge)
 
 
 def plan(index: int, seed: int = 0) -> Plan:
@@ -165,25 +149,25 @@ def plan(index: int, seed: int = 0) -> Plan:
 
     raises  UserError for a negative seed or index
     """
-    draw = Draws(generator(seed, PLAN_STREAM, index))
+    draw: Draw = generator(seed, PLAN_STREAM, index).uniform
     label = label_of(index, seed)
     usual = KINDS[label].background
-    background = usual if draw() < USUAL_BACKGROUND else draw.below(len(BACKGROUNDS))
+    background = usual if draw() < USUAL_BACKGROUND else int(draw(0, len(BACKGROUNDS)))
     radius = 0.5 * UNITS * draw(0.62, 0.98)
     spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
     main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)
     things = [main]
-    for _ in range((0, 1, 1, 2)[draw.below(4)]):
+    for _ in range((0, 1, 1, 2)[int(draw(0, 4))]):
         small = max(radius * draw(0.32, 0.55), 5.0)
         place = _place(draw, small, things)
-        other = (label + 1 + draw.below(NUM_CLASSES - 1)) % NUM_CLASSES
+        other = (label + 1 + int(draw(0, NUM_CLASSES - 1))) % NUM_CLASSES
         if place is not None:
             things.append(_thing(draw, other, *place, small, things[-1].near + things[-1].bulge + 0.02))
     deepest = things[-1].near + things[-1].bulge
     angle = draw(0.0, 2.0 * np.pi)
-    style, frequency, turn = draw.several(3), 1.0 / draw(5.5, 8.5), draw(-0.45, 0.45)
+    style, frequency, turn = draw(size=3).tolist(), 1.0 / draw(5.5, 8.5), draw(-0.45, 0.45)
     colours = np.array(_two_tone(draw, PALETTES[background], (0.08, 0.18)), np.float32)
-    draw.several(2)  # as in `_thing`
+    draw(size=2)  # as in `_thing`
     return Plan(
         label=label,
         things=things,

@@ -8,32 +8,17 @@ picture therefore share information about the class, which DINO-style pretrainin
 `layout` draws the random properties, `shapes` has the forms, `textures` materials and backgrounds.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.layout import NOISE_STREAM, NUM_CLASSES, UNITS, Plan, Thing, generator, plan
-from dinoreg.scenes.shapes import KINDS, Outline
+from dinoreg.scenes.shapes import KINDS
 from dinoreg.scenes.textures import BACKGROUNDS, Array
 
 CLASS_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
 REACH = 1.2  # nothing of an object lies farther than this many radii from its centre
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One picture with its ground truth; S pixels a side, O visible objects (the main object first)."""
-
-    image: np.ndarray  # (S, S, 3) uint8
-    label: int  # class of the main object, the largest one
-    labels: np.ndarray  # (NUM_CLASSES,) bool: the classes of all visible objects
-    boxes: np.ndarray  # (O, 4) float32: x0, y0, x1, y1 around the visible pixels, ends exclusive
-    box_labels: np.ndarray  # (O,) int64
-    segmentation: np.ndarray  # (S, S) uint8: 0 background, 1 + class
-    instances: np.ndarray  # (S, S) uint8: 0 background, 1 + row in `boxes`
-    depth: np.ndarray  # (S, S) float32: metres, > 0
 
 
 @lru_cache(maxsize=16)
@@ -42,10 +27,6 @@ def _centres(size: int) -> Array:
     if size < 1:
         raise UserError(f"scenes: size must be at least 1 pixel, got {size}")
     return (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(UNITS / size)
-
-
-def _extent(outline: Outline) -> Array:
-    return outline.body if outline.parts is None else np.minimum(outline.body, outline.parts)
 
 
 def _coverage(distance: Array, pixels: float) -> Array:
@@ -57,9 +38,8 @@ def _paint_background(scene: Plan, size: int) -> Array:
     """(3, S, S) float32, lit."""
     x, y = _centres(size)[None, :], _centres(size)[:, None]
     cos, sin = (np.float32(f(scene.turn) * scene.frequency) for f in (np.cos, np.sin))
-    pattern = BACKGROUNDS[scene.background](
-        x * cos + y * sin, y * cos - x * sin, size / (UNITS * scene.frequency), scene.style
-    )
+    edge = size / (UNITS * scene.frequency)
+    pattern = BACKGROUNDS[scene.background](x * cos + y * sin, y * cos - x * sin, edge, scene.style)
     level, slope_x, slope_y = scene.gradient
     unit = _centres(size) * np.float32(1.0 / UNITS) - np.float32(0.5)
     light = (unit * np.float32(slope_x) + np.float32(level))[None, :] + (unit * np.float32(slope_y))[:, None]
@@ -96,7 +76,7 @@ def _paint(canvas: Array, scene: Plan, thing: Thing, size: int) -> tuple[slice, 
     column, row = _centres(size)[None, x0:x1], _centres(size)[y0:y1, None]
     x, y = pose.to_body(column, row)
     outline = kind.form(x, y, thing.style)
-    extent = _extent(outline)
+    extent = outline.body if outline.parts is None else np.minimum(outline.body, outline.parts)
 
     soft = _coverage(extent, 0.3 * pixels)
     move = [round(part * 0.16 * pixels) for part in scene.light]
@@ -143,34 +123,41 @@ def _boxes(instances: Array, count: int) -> tuple[Array, list[int]]:
     return np.array(boxes, np.float32).reshape(-1, 4), visible_ones
 
 
-def _render(scene: Plan, index: int, size: int, seed: int) -> Scene:
-    canvas = _paint_background(scene, size)
-    instances = np.zeros((size, size), np.uint8)
-    unit = _centres(size) * np.float32(1.0 / UNITS)
-    depth = np.repeat((np.float32(scene.far) * (np.float32(1.6) - np.float32(0.6) * unit))[:, None], size, axis=1)
-    for k in reversed(range(len(scene.things))):
-        thing = scene.things[k]
-        painted = _paint(canvas, scene, thing, size)
-        if painted is not None:
-            rows, columns, covered, relief = painted
-            np.copyto(instances[rows, columns], np.uint8(k + 1), where=covered)
-            surface = relief * np.float32(thing.bulge) + np.float32(thing.near)
-            np.copyto(depth[rows, columns], surface, where=covered)
-    boxes, visible = _boxes(instances, len(scene.things))
-    renumber = np.zeros(len(scene.things) + 1, np.uint8)
-    renumber[[k + 1 for k in visible]] = np.arange(1, len(visible) + 1)
-    classes = np.array([0, *(1 + thing.label for thing in scene.things)], np.uint8)
-    box_labels = np.array([scene.things[k].label for k in visible], np.int64)
-    return Scene(
-        image=_expose(canvas, scene, index, seed),
-        label=scene.label,
-        labels=np.isin(np.arange(NUM_CLASSES), box_labels),
-        boxes=boxes,
-        box_labels=box_labels,
-        segmentation=classes[instances],
-        instances=renumber[instances],
-        depth=depth,
-    )
+class Scene:
+    """One picture with its ground truth; S pixels a side, O visible objects (the main object first).
+
+    image         (S, S, 3) uint8
+    label         class of the main object, the largest one
+    labels        (NUM_CLASSES,) bool: the classes of all visible objects
+    boxes         (O, 4) float32: x0, y0, x1, y1 around the visible pixels, ends exclusive
+    box_labels    (O,) int64
+    segmentation  (S, S) uint8: 0 background, 1 + class
+    instances     (S, S) uint8: 0 background, 1 + row in `boxes`
+    depth         (S, S) float32: metres, > 0
+    """
+
+    def __init__(self, scene: Plan, index: int, size: int, seed: int) -> None:
+        canvas = _paint_background(scene, size)
+        instances = np.zeros((size, size), np.uint8)
+        unit = _centres(size) * np.float32(1.0 / UNITS)
+        behind = np.float32(scene.far) * (np.float32(1.6) - np.float32(0.6) * unit)
+        self.depth = np.repeat(behind[:, None], size, axis=1)
+        for k in reversed(range(len(scene.things))):
+            thing = scene.things[k]
+            painted = _paint(canvas, scene, thing, size)
+            if painted is not None:
+                rows, columns, covered, relief = painted
+                np.copyto(instances[rows, columns], np.uint8(k + 1), where=covered)
+                surface = relief * np.float32(thing.bulge) + np.float32(thing.near)
+                np.copyto(self.depth[rows, columns], surface, where=covered)
+        self.boxes, visible = _boxes(instances, len(scene.things))
+        renumber = np.zeros(len(scene.things) + 1, np.uint8)
+        renumber[[k + 1 for k in visible]] = np.arange(1, len(visible) + 1)
+        classes = np.array([0, *(1 + thing.label for thing in scene.things)], np.uint8)
+        self.box_labels = np.array([scene.things[k].label for k in visible], np.int64)
+        self.image, self.label = _expose(canvas, scene, index, seed), scene.label
+        self.labels = np.isin(np.arange(NUM_CLASSES), self.box_labels)
+        self.segmentation, self.instances = classes[instances], renumber[instances]
 
 
 def render(index: int, size: int = 64, seed: int = 0) -> Scene:
@@ -178,7 +165,7 @@ def render(index: int, size: int = 64, seed: int = 0) -> Scene:
 
     raises  UserError for size < 1 and for a negative index or seed
     """
-    return _render(plan(index, seed), index, size, seed)
+    return Scene(plan(index, seed), index, size, seed)
 
 
 def render_image(index: int, size: int = 64, seed: int = 0) -> np.ndarray:

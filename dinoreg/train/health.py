@@ -6,7 +6,7 @@ updates and pixels are measured where metrics are written. A diagnosis is a name
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +21,7 @@ from dinoreg.train.step import StepResult
 # Class tokens stored for the effective rank: enough for a stable value, few enough to be cheap.
 RANK_WINDOW = 512
 
-# A healthy AdamW run moves its weights by 1e-4 to 1e-2 of their norm a step (a small network with a high rate most).
-UPDATE_TOO_LARGE = 0.05
-# Targets this close to uniform carry no information; this close to one prototype, neither.
-UNIFORM = 0.995
-SINGLE = 0.05
-FLAT_FEATURES = 1e-3
-LOW_RANK = 1.5
-FEW_PROTOTYPES = 0.02
-DATA_BOUND = 0.3
-SAME_PIXELS = 1e-3
-SHARP = 0.05  # share of ln K below which a target is one prototype alone; healthy runs stay above 0.29
-TEACHER_STEPS = 0.01  # of a run: a teacher that averages over more than a hundred runs is what it was
-SMALLEST_MOVE = 1e-6  # of the weights, below which float32 may round it away
-# Crops that were normalised as they should be have means near 0 and a spread near 1.
-MEAN_OFF, STD_OFF = 3.0, (0.05, 5.0)
-DARK, BRIGHT, AT_LIMITS = 0.1, 0.9, 0.95  # of the range of values: brightest, darkest, share at black or white
-MASKED = (0.02, 0.8)  # share of patches of a masked crop; DINOv2 hides 0.1 to 0.5
-IN_ORDER, COPIES = 0.5, 0.3  # shares of images
+SAME_PIXELS = 1e-3  # a deviation of normalised pixels below which a batch shows nothing
 LINES_IN_A_ROW = 3
 
 
@@ -51,16 +34,23 @@ class Diagnosis:
     remedy: str
 
 
-def read_signals(metrics: Mapping[str, Any], num_prototypes: int, num_steps: float = math.inf) -> dict[str, Any]:
+Signals = Mapping[str, Any]
+# What means nothing where all pixels are the same.
+OF_PIXELS = ("pixel_mean", "pixel_low", "pixel_high", "pixel_limits", "stale_steps", "feature_rank", "feature_std")
+
+
+def read_signals(metrics: Signals, num_prototypes: int, num_steps: float = math.inf) -> dict[str, Any]:
     """One line of metrics with the values that rules derive from it; a missing value is NaN, which no rule applies to.
 
     num_prototypes  K of the DINO head
     num_steps       of the run
     returns         adds "entropy" and "marginal", shares (0 to 1) of ln K, "waiting", the share of the step time
                     spent waiting for data, "left", the share of the run that is to come, and "teacher_expected", what
-                    the momentum says of "teacher_moved"; "lr" is that of the backbone
+                    the momentum says of "teacher_moved"; "lr" is that of the backbone; without `OF_PIXELS` where all
+                    pixels are the same
     """
-    signals = defaultdict(lambda: math.nan, metrics)
+    without = OF_PIXELS if metrics.get("pixel_std", math.nan) < SAME_PIXELS else ()
+    signals = defaultdict(lambda: math.nan, {key: value for key, value in metrics.items() if key not in without})
     largest_entropy = math.log(max(num_prototypes, 2))
     signals["entropy"] = signals["teacher_entropy"] / largest_entropy  # 1: a uniform guess
     signals["marginal"] = signals["target_marginal_entropy"] / largest_entropy  # 0: one prototype for all
@@ -74,163 +64,161 @@ def read_signals(metrics: Mapping[str, Any], num_prototypes: int, num_steps: flo
 
 @dataclass(frozen=True)
 class Rule:
-    """One diagnosis: when it applies, and its message, with keys of `read_signals` in braces.
+    """One diagnosis: its name, what it observes (see `_rule`), and what to do about it.
 
     at_once  report after one line of metrics, not after `LINES_IN_A_ROW`
     late     apply only from step `Health.grace` on
     """
 
     name: str
-    applies: Callable[[Mapping[str, Any]], bool]
-    message: str
+    observe: Callable[[Signals], Iterator[str]]
     remedy: str
-    at_once: bool = False
-    late: bool = False
+    at_once: bool
+    late: bool
 
 
-RULES = (
-    Rule(
-        "batch-too-small",
-        lambda x: x["global_batch_size"] < 2,
-        "a global batch of {global_batch_size} image: no image has a neighbour",
-        "Raise batch_size to 16 or more; optim.accumulate keeps the memory as it is.",
-        at_once=True,
-    ),
-    Rule(
-        "constant-images",
-        lambda x: x["pixel_std"] < SAME_PIXELS,
-        "pixels vary by {pixel_std:.2g} over the whole batch (normalised)",
-        "Look at the images with `dinoreg inspect data=…`: their pixels are all the same.",
-    ),
-    Rule(
-        "normalisation",
-        lambda x: (
-            x["pixel_std"] >= SAME_PIXELS
-            and (abs(x["pixel_mean"]) > MEAN_OFF or not STD_OFF[0] <= x["pixel_std"] <= STD_OFF[1])
-        ),
-        "normalised crops have a mean of {pixel_mean:.2g} and a spread of {pixel_std:.2g} (healthy: near 0 and 1)",
-        "Set augment.mean and augment.std to what `dinoreg inspect data=…` measures, on a range of 0 to 1.",
-    ),
-    Rule(
-        "value-range",
-        lambda x: (
-            x["pixel_std"] >= SAME_PIXELS
-            and (x["pixel_high"] < DARK or x["pixel_low"] > BRIGHT or x["pixel_limits"] > AT_LIMITS)
-        ),
-        "of the range from black 0 to white 1 crops use {pixel_low:.2g} to {pixel_high:.2g}, {pixel_limits:.0%} at its "
-        "ends",
-        "Set data.range=LOW,HIGH to the values that are black and white; `dinoreg inspect data=…` says which occur.",
-    ),
-    Rule(
-        "duplicated-images",
-        lambda x: x["copies"] > COPIES,
-        "{copies:.0%} of the first images are files that came before under another name",
-        "Remove copies, which are learnt as often as they are there: `dinoreg inspect data=…` lists them.",
-    ),
-    Rule(
-        "data-in-order",
-        lambda x: x["in_order"] > IN_ORDER,
-        "{in_order:.0%} of the images come in the order of the data",
-        "Shuffle: with images of one kind in a batch the losses tell kinds apart by the batch.",
-    ),
-    Rule(
-        "stale-data",
-        lambda x: x["pixel_std"] >= SAME_PIXELS and x["stale_steps"] > 0,
-        "process {stale_rank} got the pixels of the step before once more in {stale_steps:.0f} step(s)",
-        "Start the run anew with resume=true; if it comes back, look at the disk and the memory of that machine.",
-    ),
-    Rule(
-        "mask-ratio",
-        lambda x: x["ibot_loss"] == x["ibot_loss"] and not MASKED[0] <= x["masked"] <= MASKED[1],
-        "{masked:.0%} of the patches of a masked crop are hidden (DINOv2: 10 % to 50 %)",
-        "Set mask.ratio=0.1,0.5 and mask.probability=0.5.",
-    ),
-    Rule(
-        "learning-rate-too-high",
-        lambda x: x["update_ratio"] > UPDATE_TOO_LARGE,
-        "a step moves the weights by {update_ratio:.1%} of their norm (healthy: 0.01 % to 1 %)",
-        "Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.",
-    ),
-    Rule(
-        "frozen-student",
-        lambda x: x["lr"] > 0 and x["update_ratio"] == 0.0,
-        "the learning rate is {lr:.2g}, yet no weight moves",
-        "Check that the learning rate is not zero and that parameters require gradients.",
-    ),
-    Rule(
-        "frozen-part",
-        lambda x: x["lr"] > 0 and isinstance(x["frozen_parts"], str),
-        "no weight of {frozen_parts} has moved since the start, while others do",
-        "Check that these parameters require gradients and that what they compute reaches the losses.",
-    ),
-    Rule(
-        "teacher-stands-still",
-        lambda x: (
-            x["teacher_moved"] < 0.1 * x["teacher_expected"] > SMALLEST_MOVE
-            or (x["update_ratio"] > 0 and x["left"] > 0.5 and (1 - x["mom"]) * x["num_steps"] < TEACHER_STEPS)
-        ),
-        "a step moves the teacher by {teacher_moved:.2g} of its weights, at a momentum of {mom:.6g}",
-        "Lower schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
-    ),
-    Rule(
-        "teacher-follows-student",
-        lambda x: x["update_ratio"] > 0 and x["teacher_distance"] < 0.01 * x["update_ratio"],
-        "the teacher is {teacher_distance:.2g} from the student, far less than one step moves ({update_ratio:.2g})",
-        "Raise schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
-    ),
-    Rule(
-        "uniform-targets",
-        lambda x: x["entropy"] > UNIFORM,
-        "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess at step {step}",
-        "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or loss.centering=sinkhorn.",
-        late=True,
-    ),
-    Rule(
-        "one-hot-targets",
-        lambda x: x["entropy"] < SHARP,
-        "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess: each is one prototype",
-        "Raise schedule.teacher_temp: 0.04 to 0.07 suits most runs.",
-    ),
-    Rule(
-        "single-prototype",
-        lambda x: x["marginal"] < SINGLE,
-        "all images get the same prototype (marginal entropy {marginal:.1%} of ln K)",
-        "Use loss.centering=sinkhorn, or raise schedule.teacher_temp.",
-        late=True,
-    ),
-    Rule(
-        "few-prototypes-used",
-        lambda x: x["marginal"] >= SINGLE and x["prototype_usage"] < FEW_PROTOTYPES,
-        "{prototype_usage:.1%} of the prototypes are used",
-        "Use loss.centering=sinkhorn or fewer head.prototypes.",
-        late=True,
-    ),
-    Rule(
-        "feature-collapse",
-        lambda x: (
-            x["pixel_std"] >= SAME_PIXELS
-            and x["global_batch_size"] > 1
-            and (x["feature_rank"] < LOW_RANK or x["feature_std"] < FLAT_FEATURES)
-        ),
-        "class tokens are nearly equal (effective rank {feature_rank:.2f}, spread {feature_std:.2g})",
-        "Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.",
-        late=True,
-    ),
-    Rule(
-        "non-finite-steps",
-        lambda x: x["nonfinite_steps"] > 0,
-        "{nonfinite_steps} step(s) were not finite and were left out",
-        "Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.",
-        at_once=True,
-    ),
-    Rule(
-        "data-bound",
-        lambda x: x["waiting"] > DATA_BOUND,
-        "{waiting:.0%} of the time goes to waiting for images",
-        "Raise data.workers, store smaller images, or use a faster disk.",
-        late=True,
-    ),
+RULES: list[Rule] = []
+
+
+def _rule(remedy: str, at_once: bool = False, late: bool = False) -> Callable[..., None]:
+    """Declares a rule: a function of `read_signals` that yields what was measured, in words, where the rule applies."""
+
+    def declare(observe: Callable[[Signals], Iterator[str]]) -> None:
+        RULES.append(Rule(observe.__name__[1:].replace("_", "-"), observe, remedy, at_once, late))
+
+    return declare
+
+
+@_rule("Raise batch_size to 16 or more; optim.accumulate keeps the memory as it is.", at_once=True)
+def _batch_too_small(x: Signals) -> Iterator[str]:
+    if x["global_batch_size"] < 2:
+        yield f"a global batch of {x['global_batch_size']} image: no image has a neighbour"
+
+
+@_rule("Look at the images with `dinoreg inspect data=…`: their pixels are all the same.")
+def _constant_images(x: Signals) -> Iterator[str]:
+    if x["pixel_std"] < SAME_PIXELS:
+        yield f"pixels vary by {x['pixel_std']:.2g} over the whole batch (normalised)"
+
+
+@_rule("Set augment.mean and augment.std to what `dinoreg inspect data=…` measures, on a range of 0 to 1.")
+def _normalisation(x: Signals) -> Iterator[str]:
+    mean, std = x["pixel_mean"], x["pixel_std"]
+    if abs(mean) > 3 or SAME_PIXELS <= std < 0.05 or std > 5:
+        yield f"normalised crops have a mean of {mean:.2g} and a spread of {std:.2g} (healthy: near 0 and 1)"
+
+
+@_rule("Set data.range=LOW,HIGH to the values that are black and white; `dinoreg inspect data=…` says which occur.")
+def _value_range(x: Signals) -> Iterator[str]:
+    low, high, limits = (x[f"pixel_{key}"] for key in ("low", "high", "limits"))
+    if high < 0.1 or low > 0.9 or limits > 0.95:
+        yield f"of the range from black 0 to white 1 crops use {low:.2g} to {high:.2g}, {limits:.0%} at its ends"
+
+
+@_rule("Remove copies, which are learnt as often as they are there: `dinoreg inspect data=…` lists them.")
+def _duplicated_images(x: Signals) -> Iterator[str]:
+    if x["copies"] > 0.3:
+        yield f"{x['copies']:.0%} of the first images are files that came before under another name"
+
+
+@_rule("Shuffle: with images of one kind in a batch the losses tell kinds apart by the batch.")
+def _data_in_order(x: Signals) -> Iterator[str]:
+    if x["in_order"] > 0.5:
+        yield f"{x['in_order']:.0%} of the images come in the order of the data"
+
+
+@_rule("Start the run anew with resume=true; if it comes back, look at the disk and the memory of that machine.")
+def _stale_data(x: Signals) -> Iterator[str]:
+    if x["stale_steps"] > 0:
+        steps = f"{x['stale_steps']:.0f} step(s)"
+        yield f"process {x['stale_rank']} got the pixels of the step before once more in {steps}"
+
+
+@_rule("Set mask.ratio=0.1,0.5 and mask.probability=0.5.")
+def _mask_ratio(x: Signals) -> Iterator[str]:
+    if not math.isnan(x["ibot_loss"]) and not 0.02 <= x["masked"] <= 0.8:
+        yield f"{x['masked']:.0%} of the patches of a masked crop are hidden (DINOv2: 10 % to 50 %)"
+
+
+@_rule("Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.")
+def _learning_rate_too_high(x: Signals) -> Iterator[str]:
+    if x["update_ratio"] > 0.05:  # a small network with a high rate moves most
+        yield f"a step moves the weights by {x['update_ratio']:.1%} of their norm (healthy: 0.01 % to 1 %)"
+
+
+@_rule("Check that the learning rate is not zero and that parameters require gradients.")
+def _frozen_student(x: Signals) -> Iterator[str]:
+    if x["lr"] > 0 and x["update_ratio"] == 0.0:
+        yield f"the learning rate is {x['lr']:.2g}, yet no weight moves"
+
+
+@_rule("Check that these parameters require gradients and that what they compute reaches the losses.")
+def _frozen_part(x: Signals) -> Iterator[str]:
+    if x["lr"] > 0 and isinstance(x["frozen_parts"], str):
+        yield f"no weight of {x['frozen_parts']} has moved since the start, while others do"
+
+
+@_rule("Lower schedule.momentum: 0.99 to 0.996 at the start suits most runs.")
+def _teacher_stands_still(x: Signals) -> Iterator[str]:
+    # Less than a millionth float32 may round away; a teacher that averages over more than 100 runs is what it was.
+    rounded_away = x["teacher_moved"] < 0.1 * x["teacher_expected"] > 1e-6
+    too_slow = (1 - x["mom"]) * x["num_steps"] < 0.01
+    if rounded_away or (x["update_ratio"] > 0 and x["left"] > 0.5 and too_slow):
+        yield f"a step moves the teacher by {x['teacher_moved']:.2g} of its weights, at a momentum of {x['mom']:.6g}"
+
+
+@_rule("Raise schedule.momentum: 0.99 to 0.996 at the start suits most runs.")
+def _teacher_follows_student(x: Signals) -> Iterator[str]:
+    distance, step = x["teacher_distance"], x["update_ratio"]
+    if step > 0 and distance < 0.01 * step:
+        yield f"the teacher is {distance:.2g} from the student, far less than one step moves ({step:.2g})"
+
+
+@_rule(
+    "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or loss.centering=sinkhorn.",
+    late=True,
 )
+def _uniform_targets(x: Signals) -> Iterator[str]:
+    if x["entropy"] > 0.995:
+        yield f"the teacher's targets have {x['entropy']:.1%} of the entropy of a uniform guess at step {x['step']}"
+
+
+@_rule("Raise schedule.teacher_temp: 0.04 to 0.07 suits most runs.")
+def _one_hot_targets(x: Signals) -> Iterator[str]:
+    if x["entropy"] < 0.05:  # healthy runs stay above 0.29
+        yield f"the teacher's targets have {x['entropy']:.1%} of the entropy of a uniform guess: each is one prototype"
+
+
+@_rule("Use loss.centering=sinkhorn, or raise schedule.teacher_temp.", late=True)
+def _single_prototype(x: Signals) -> Iterator[str]:
+    if x["marginal"] < 0.05:
+        yield f"all images get the same prototype (marginal entropy {x['marginal']:.1%} of ln K)"
+
+
+@_rule("Use loss.centering=sinkhorn or fewer head.prototypes.", late=True)
+def _few_prototypes_used(x: Signals) -> Iterator[str]:
+    if x["marginal"] >= 0.05 and x["prototype_usage"] < 0.02:
+        yield f"{x['prototype_usage']:.1%} of the prototypes are used"
+
+
+@_rule("Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.", late=True)
+def _feature_collapse(x: Signals) -> Iterator[str]:
+    rank, spread = x["feature_rank"], x["feature_std"]
+    if x["global_batch_size"] > 1 and (rank < 1.5 or spread < 1e-3):
+        yield f"class tokens are nearly equal (effective rank {rank:.2f}, spread {spread:.2g})"
+
+
+@_rule("Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.", at_once=True)
+def _non_finite_steps(x: Signals) -> Iterator[str]:
+    if x["nonfinite_steps"] > 0:
+        yield f"{x['nonfinite_steps']} step(s) were not finite and were left out"
+
+
+@_rule("Raise data.workers, store smaller images, or use a faster disk.", late=True)
+def _data_bound(x: Signals) -> Iterator[str]:
+    if x["waiting"] > 0.3:
+        yield f"{x['waiting']:.0%} of the time goes to waiting for images"
+
 
 REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
     "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
@@ -295,10 +283,8 @@ class Health:
         share = -(-RANK_WINDOW // self.ranks.world_size)
         own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
         window = self.ranks.gather_rows(own)
-        features = {
-            "feature_std": spread,
-            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
-        }
+        rank = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
+        features = {"feature_std": spread, "feature_rank": rank}
         marginal, steps = self._marginal, self._steps
         self._clear()
         if not len(marginal):
@@ -312,21 +298,21 @@ class Health:
             "prototype_usage": float((marginal > 0.1 / self.num_prototypes).float().mean()),
         }
 
-    def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:
+    def diagnose(self, metrics: Signals) -> list[Diagnosis]:
         """The diagnoses of one line of metrics; each is returned once a run.
 
         A rule not marked `at_once` has to apply to `LINES_IN_A_ROW` lines in a row.
         """
         signals = read_signals(metrics, self.num_prototypes, self.num_steps)
         late = signals["step"] >= self.grace
-        suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(signals)]
+        suspected = {r: found for r in RULES if late or not r.late for found in r.observe(signals)}
         self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
-        diagnoses = []
-        for rule in suspected:
-            if rule.name not in self.reported and (rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW):
-                self.reported.add(rule.name)
-                diagnoses.append(Diagnosis(rule.name, rule.message.format_map(signals), rule.remedy))
-        return diagnoses
+        return [
+            diagnosis
+            for rule, message in suspected.items()
+            if rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW
+            for diagnosis in self._once(rule.name, message)
+        ]
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
         """One diagnosis when the general probe's k-NN accuracy `now` is below `start` - `margin`; returned once a run.
@@ -432,10 +418,8 @@ class WeightWatch:
 
     def _still_parts(self) -> list[str]:
         """The parts in which the teacher still equals the student, as both did at the start."""
-        apart = [
-            torch.stack(torch._foreach_norm(torch._foreach_sub(student, teacher))).max()
-            for student, teacher in self.parts.values()
-        ]
+        differences = (torch._foreach_sub(*sides) for sides in self.parts.values())
+        apart = [torch.stack(torch._foreach_norm(each)).max() for each in differences]
         most = self.ranks.all_reduce_max(torch.stack(apart)).tolist() if apart else []  # none: all of it is left alone
         return [name for name, distance in zip(self.parts, most) if distance == 0]
 

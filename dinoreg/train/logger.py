@@ -1,6 +1,9 @@
 """The logs of a run: the console, train.log, metrics.jsonl, probe.jsonl, trackers, and the lists under health/.
 
-One process writes, rank 0; the others have a silent log.
+One process writes, rank 0; the others have a silent log. The trackers, TensorBoard, Weights & Biases and MLflow, are a
+class each, over its library. Addresses, keys and offline modes are those libraries' own environment variables
+(WANDB_MODE, MLFLOW_TRACKING_URI …). `add` adds numbers named `kind/key`; `close` writes what is pending and ends, `ok`
+where the run ended without an error. Both may raise what the library raises.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,11 +26,155 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.durations import clock
-from dinoreg.runtime.errors import one_line
+from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import printable
 from dinoreg.runtime.regular_files import open_to_append
-from dinoreg.train.trackers import Tracker
+
+IDENTITIES = "trackers.json"  # in the run folder: {tracker: its name of this run}, for a resume
+PROJECT = "dinoreg"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says another
+
+
+class TensorBoard:
+    """Scalars in event files of the run folder."""
+
+    name = "TensorBoard"
+
+    def __init__(self, out: Path, first_step: int) -> None:
+        """Events of `first_step` and later steps, from before a resume, are purged."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(out), purge_step=first_step)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
+
+    def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """OSError once the thread that writes has met with one and has ended."""
+        for key, value in values.items():
+            self.writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self, ok: bool) -> None:
+        """Restores the thread exception hook, too."""
+        threading.excepthook = self._excepthook
+        with suppress(OSError):  # which has been reported
+            self.writer.close()
+
+    def _thread_failed(self, failure: Any) -> None:
+        """Suppress the traceback of TensorBoard's thread: the next call raises the same error, reported in one line."""
+        from_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
+        if not (from_tensorboard and isinstance(failure.exc_value, OSError)):
+            self._excepthook(failure)
+
+
+class WandB:
+    """A run of Weights & Biases; a resumed one goes on in it."""
+
+    name = "W&B"
+
+    def __init__(self, out: Path, identity: str | None, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.identity = identity or secrets.token_hex(6)
+        self.run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=out.resolve().name,
+            id=self.identity,
+            resume="allow",
+            config=dict(config),
+            settings=wandb.Settings(console="off"),  # train.log has the console's lines
+        )
+        self.run.define_metric("*", step_metric="step")  # of its own: after a resume some steps come again
+
+    def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Does not wait for the network."""
+        self.run.log({f"{kind}/{key}": value for key, value in values.items()} | {"step": step})
+
+    def close(self, ok: bool) -> None:
+        """Waits for what is pending."""
+        self.run.finish(exit_code=0 if ok else 1)
+
+
+class MLflow:
+    """A run of MLflow; a resumed one goes on in it."""
+
+    name = "MLflow"
+
+    def __init__(self, out: Path, identity: str | None, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self.client: Any = mlflow.MlflowClient()
+        self._last: Any = None
+        if identity is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            experiment = mlflow.set_experiment(name).experiment_id
+            identity = str(self.client.create_run(experiment, run_name=out.resolve().name).info.run_id)
+            params = [mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
+            self.client.log_batch(identity, params=params)
+        else:
+            self.client.update_run(identity, status="RUNNING")
+        self.identity = identity
+
+    def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Does not wait for the network."""
+        from mlflow.entities import Metric
+
+        now = round(1000 * time.time())
+        metrics = [Metric(f"{kind}/{key}", float(value), now, step) for key, value in values.items()]
+        self._last = self.client.log_batch(self.identity, metrics=metrics, synchronous=False)
+
+    def close(self, ok: bool) -> None:
+        """Waits for what is pending."""
+        try:
+            if self._last is not None:
+                self._last.wait()
+        finally:
+            self.client.set_terminated(self.identity, "FINISHED" if ok else "FAILED")
+
+
+Remote = WandB | MLflow
+Tracker = TensorBoard | Remote
+REMOTE: dict[str, type[Remote]] = {"wandb": WandB, "mlflow": MLflow}  # by what is imported, as log.to= names them
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError for a package in `log.to` that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"log.to={name}: the package is not installed: {install(name)}")
+
+
+def begin_trackers(out: Path, resumes: bool, names: Sequence[str], config: Any) -> dict[str, Remote]:
+    """The trackers of a run but for TensorBoard, begun, by name; nothing is written to `out`.
+
+    resumes  whether the run in `out` goes on
+    names    of REMOTE
+    config   flat, {key: value}
+    raises   UserError for one that cannot be begun, as without a key for its server
+    """
+    known, begun = read_json(out / IDENTITIES) if resumes else {}, {}
+    for name in names:
+        try:
+            begun[name] = REMOTE[name](out, known.get(name), config)
+        except Exception as error:  # each library has errors of its own
+            raise UserError(f"log.to={name}: it cannot be begun: {one_line(error)}") from error
+    return begun
+
+
+def open_trackers(out: Path, step: int, begun: Mapping[str, Remote], tensorboard: bool) -> list[Tracker]:
+    """All trackers of a run, whose folder now remembers those that `begin_trackers` has begun.
+
+    step  that the run starts or resumes at
+    """
+    if begun:
+        write_atomic(out / IDENTITIES, json.dumps({name: tracker.identity for name, tracker in begun.items()}) + "\n")
+    return [*([TensorBoard(out, step + 1)] if tensorboard else []), *begun.values()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The log
+
 
 logger = logging.getLogger("dinoreg")
 
@@ -79,8 +228,8 @@ class RunLog(SilentLog):
     num_steps  of the run, to its end
     trackers   that get the numbers, too; one that fails is reported once and left
 
-    A file that cannot be written, for example on a full disk, is reported once and does not end the run; a failed
-    checkpoint may.
+    The console has a bar on a terminal and in Jupyter (with ipywidgets), else a line from time to time. A file that
+    cannot be written, for example on a full disk, is reported once and does not end the run; a failed checkpoint may.
     """
 
     def __init__(self, out: Path, *, step: int, num_steps: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -97,17 +246,30 @@ class RunLog(SilentLog):
         self._level = logger.level
         logger.addHandler(self._handler)
         logger.setLevel(logging.INFO)
-        self.console = Console(stderr=True)
-        self.display = StepDisplay(self.console, step, num_steps)
+        self.console = console = Console(stderr=True)
+        self._began, self._next = time.monotonic(), 0.0
+        self.bar: Progress | None = None
+        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
+            self.bar = Progress(
+                TextColumn("[bold]pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=console,
+            )
+            self.task = self.bar.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def __enter__(self) -> RunLog:
-        if self.display.progress:
-            self.display.progress.start()
+        if self.bar:
+            self.bar.start()
         return self
 
     def __exit__(self, *ended: object) -> None:
-        if self.display.progress:
-            self.display.progress.stop()
+        if self.bar:
+            self.bar.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
@@ -138,12 +300,26 @@ class RunLog(SilentLog):
         waits, whole = values.get("data_time", 0.0), values["step_time"]
         line += f"  {waits / whole:.0%} waiting for images" if waits > _WAITS * whole else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
-        self.display.show(values, line)
+        self._show(values, line)
+
+    def _show(self, values: Mapping[str, Any], line: str) -> None:
+        """Show the metrics of a step on the console: in a bar, else now and then `line`. step_time is in seconds."""
+        step = values["step"]
+        if self.bar:
+            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            losses += "  waiting for images" * (values.get("data_time", 0.0) > 0.5 * values["step_time"])
+            self.bar.update(self.task, completed=step, losses=losses)
+            return
+        now = time.monotonic()
+        if now >= self._next or step == self.num_steps:
+            self._next = now + min(max((now - self._began) / 100, _APART[0]), _APART[1])
+            left = clock((self.num_steps - step) * values["step_time"])
+            self.console.print(f"step {step}/{self.num_steps}  {line}  {left} left", highlight=False, soft_wrap=True)
 
     def progress(self, step: int) -> None:
         """Move the bar, if any, so that it knows the time left long before the first line of metrics."""
-        if self.display.progress:
-            self.display.progress.update(self.display.task, completed=step)
+        if self.bar:
+            self.bar.update(self.task, completed=step)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to trackers, too."""
@@ -177,42 +353,6 @@ class RunLog(SilentLog):
                     tracker.close(False)
 
 
-class StepDisplay:
-    """Progress on the console: a bar on a terminal and in Jupyter (with ipywidgets), else a line from time to time."""
-
-    def __init__(self, console: Console, step: int, num_steps: int) -> None:
-        self.console = console
-        self.num_steps = num_steps
-        self._began, self._next = time.monotonic(), 0.0
-        self.progress: Progress | None = None
-        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
-            self.progress = Progress(
-                TextColumn("[bold]pretrain"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
-                console=console,
-            )
-            self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
-
-    def show(self, values: Mapping[str, Any], line: str) -> None:
-        """Show the metrics of a step; `line` is their text where there is no bar. step_time is in seconds."""
-        step = values["step"]
-        if self.progress:
-            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
-            losses += "  waiting for images" * (values.get("data_time", 0.0) > 0.5 * values["step_time"])
-            self.progress.update(self.task, completed=step, losses=losses)
-            return
-        now = time.monotonic()
-        if now >= self._next or step == self.num_steps:
-            self._next = now + min(max((now - self._began) / 100, _APART[0]), _APART[1])
-            left = clock((self.num_steps - step) * values["step_time"])
-            self.console.print(f"step {step}/{self.num_steps}  {line}  {left} left", highlight=False, soft_wrap=True)
-
-
 class LineFile:
     """JSON lines appended to a file, unbuffered.
 
@@ -226,7 +366,8 @@ class LineFile:
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns the error when it could not be written yet, else None. NaN and ±inf become strings."""
-        self._buffer += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._buffer += json.dumps(plain).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -271,10 +412,3 @@ def _truncate(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_atomic(path, "".join(f"{line}\n" for line in lines))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,22 +29,17 @@ from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
 from dinoreg.runtime.guide import after_training, next_lines
-from dinoreg.runtime.json_files import flatten, read_json
+from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
-from dinoreg.train.class_probe import write_probed
-from dinoreg.train.data_watch import DataWatch
-from dinoreg.train.health import Health, WeightWatch
-from dinoreg.train.logger import RunLog, SilentLog
-from dinoreg.train.metrics import Monitor
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.logger import Remote, RunLog, SilentLog, open_trackers
+from dinoreg.train.metrics import Monitor, ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
 from dinoreg.train.parallelize import check_replicas, compile_blocks
-from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
+from dinoreg.train.prepare import Setup, check_shared
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
-from dinoreg.train.trackers import Remote, begin_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +57,12 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     """
     with session(config.device, config.parallel.timeout) as ranks:
         with ranks.collective_errors():
-            setup = prepare(config, ranks)
+            setup = Setup(config, ranks)
         config, out = setup.config, setup.out
         check_shared(out, ranks)
         newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
         with ranks.collective_errors():
-            trackers = claim(setup, newest is not None) if ranks.is_main else {}
+            trackers = setup.claim(newest is not None) if ranks.is_main else {}
         state = setup.new_state()
         writer = setup.open_writer()
         if newest is not None:
@@ -78,11 +73,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         with ranks.collective_errors():
             log = open_log(setup, state.step, trackers)
         with log:
-            monitor = build_monitor(setup, state, log)
-            probes = None
-            if setup.probe is not None:
-                what = setup.probe, setup.general, setup.dense, config.probe, setup.num_steps
-                probes = ProbeRunner(*what, setup.device, setup.dtype, monitor, setup.schedules.horizon)
+            monitor = Monitor(setup, state, log)
+            probes = None if setup.probe is None else ProbeRunner(setup, setup.probe, monitor)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:
                 compile_blocks(state.student, state.teacher)
@@ -110,56 +102,17 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     return out
 
 
-def claim(setup: Setup, resumes: bool) -> dict[str, Remote]:
-    """Begin the trackers of a run, which are returned, and then its folder; UserError where either cannot be."""
-    config, out = setup.config, setup.out
-    trackers = begin_trackers(out, resumes, config.log.to, flatten(asdict(config)))
-    claim_folder(config, out, setup.init, setup.teacher.backbone)
-    if setup.probe is not None:
-        write_probed(out, setup.probe, config)
-    return trackers
-
-
 def open_log(setup: Setup, step: int, trackers: Mapping[str, Remote]) -> SilentLog:
     """The log of a run: files and console on rank 0, a silent one on the others.
 
     step      that the run starts or resumes at
-    trackers  that `claim` has begun
+    trackers  that `Setup.claim` has begun
     raises    UserError for a log that is a link
     """
     if not setup.ranks.is_main:
         return SilentLog()
     opened = open_trackers(setup.out, step, trackers, setup.config.log.tensorboard)
     return RunLog(setup.out, step=step, num_steps=setup.num_steps, trackers=opened)
-
-
-def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
-    """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
-    horizon = setup.schedules.horizon
-    health = Health(setup.config.head.prototypes, max(100, horizon // 5), setup.ranks, num_steps=horizon)
-    return Monitor(
-        log,
-        health,
-        WeightWatch(state.student, state.teacher, setup.ranks, frozen=unlearning(setup.config)),
-        DataWatch(setup.config.augment.mean, setup.config.augment.std, setup.ranks),
-        setup.source,
-        setup.ranks,
-        batch_size=setup.config.batch_size,
-        fp16=setup.dtype == torch.float16,
-        pretrained=setup.init is not None,
-        loss=setup.config.loss,
-    )
-
-
-def unlearning(config: Config) -> list[str]:
-    """The modules of the networks that do not learn as a whole in a run of this config, see `WeightWatch`."""
-    loss = config.loss
-    still = {
-        "backbone": config.adapt.blocks is not None,
-        "dino_head": loss.dino_weight == 0 and (config.head.separate or loss.ibot_weight == 0),
-        "ibot_head": loss.ibot_weight == 0,
-    }
-    return [name for name, applies in still.items() if applies]
 
 
 def train(
@@ -189,15 +142,7 @@ def train(
             if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
             result = train_step(
-                state,
-                batch,
-                now,
-                loss=config.loss,
-                dtype=setup.dtype,
-                clip_grad=config.optim.clip_grad,
-                accumulate=config.optim.accumulate,
-                seed=config.seed,
-                move_on_skip=config.optim.move_on_skip,
+                state, batch, now, loss=config.loss, optim=config.optim, dtype=setup.dtype, seed=config.seed
             )
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)

@@ -49,9 +49,7 @@ def decays(name: str) -> bool:
     return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
 
 
-def parameter_groups(
-    student: nn.ModuleDict, depth: int, layer_decay: float, patch_embed_lr: float
-) -> list[dict[str, Any]]:
+def parameter_groups(student: nn.ModuleDict, depth: int, layer_decay: float, patch_embed_lr: float) -> list[dict]:
     """The optimizer's parameter groups; parameters that do not require gradients are left out.
 
     student      {"backbone", "dino_head"} and, untied, "ibot_head"

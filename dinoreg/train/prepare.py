@@ -4,18 +4,20 @@ import copy
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
+from dinoreg.checkpoint.format import write_weights
+from dinoreg.config.load import BUDGETS, Config, load_config, require_complete, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
-from dinoreg.config.presets import PRESETS
+from dinoreg.config.view_settings import PRESETS
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
@@ -26,28 +28,29 @@ from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
-from dinoreg.models.vit import ARCHITECTURE, RegisterViT
+from dinoreg.models.vit import ARCHITECTURE
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, reworded
-from dinoreg.runtime.json_files import pointed_step
-from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
-from dinoreg.train.dense_probe import DenseProbe, build_dense
-from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
+from dinoreg.runtime.json_files import flatten, pointed_step
+from dinoreg.train.logger import Remote, begin_trackers, check_trackers
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
+from dinoreg.train.probes import build_dense, build_general, build_probe, class_tokens_of_all, write_probed
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
-from dinoreg.train.trackers import check_trackers
-from dinoreg.train.tutor import Tutor, load_tutor, views_of
+from dinoreg.train.state import Networks, TrainState, build_networks, model_arguments
+from dinoreg.train.tutor import load_tutor, views_of
+from dinoreg.weights.load import load_into
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
+
+COPY = "init.safetensors"  # of the weights of `init=`, in the run folder
 
 # Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for what is no architecture.
 SHAPING = ("model", "head")
 
 
-@dataclass
 class Setup:
     """A run that is ready to start; nothing has been written yet.
 
@@ -58,27 +61,53 @@ class Setup:
     deep     whether they have more than eight bits
     probe    measured on the run's own domain; general: on images that it must not forget; dense: patches. None: no such
     student, teacher  on the CPU
-    init     the weights that the run starts from; None: random ones
+    init     what `load_init` says of the weights that the run starts from; None: random ones
     tutor    the frozen network to learn from, on `device`; None without `distill=`
     notes    lines for the log
     """
 
-    config: Config
-    ranks: Ranks
-    out: Path
-    device: torch.device
-    dtype: torch.dtype
-    source: Source
-    deep: bool
-    probe: Probe | None
-    general: Probe | None
-    dense: DenseProbe | None
-    student: Networks
-    teacher: Networks
-    init: InitialWeights | None
-    tutor: Tutor | None
-    schedules: Schedules
-    notes: list[str]
+    def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
+        """Check a config against the machine, the data and the weights; every process calls this.
+
+        raises UserError, in one line, when the config cannot be run
+        """
+        data, config = require_complete(config).data, config.as_trained()
+        assert config.out
+        assert data.source
+        self.ranks, self.out = ranks, Path(config.out)
+        check_out(config, self.out)
+        refuse_live(self.out, config.takeover)
+        check_trackers(config.log.to)
+        self.device, self.dtype = _device(config)
+        with ranks.main_first():  # the others find the index ready
+            self.source = open_source(data.source, data.weights, data.index_dir, data.root, data.range, data.columns)
+        saved = self.out / "config.yaml"
+        before = load_config(saved) if config.resume and saved.is_file() else None
+        config, measured = with_statistics(config, self.source, before)
+        num_steps = config.num_steps(len(self.source), ranks.world_size)
+        self.config = config = with_horizon(config, num_steps, before, self.out)
+        changed = [] if before is None else changed_config(config, before, self.out)
+        seen = survey(self.source, config.model.in_channels)
+        self.deep = seen.deep and not data.reference_decode
+        self.tutor = load_tutor(config, self.device, self.dtype)
+        self.student, self.teacher = build_networks(config, self.tutor)
+        self.notes = [config.explain_lr(ranks.world_size), *([self.tutor.note] if self.tutor else []), *changed]
+        self.notes += [*measured, *_of_pictures(config, self.source, seen)]
+        self.notes += _processes(config, self.student, ranks.world_size)
+        self.init = load_init(config, self.out, self.student, self.teacher)
+        adapt = config.adapt if self.init else None
+        self.schedules = Schedules(num_steps, config.peak_lr(ranks.world_size), config.schedule, adapt)
+        if self.init is not None:
+            self.notes += [self.init[0], config.explain_start(self.schedules.horizon, ranks.world_size)]
+        self.probe, self.general = build_probe(config, self.source), build_general(config)
+        if self.general is not None and self.probe is None:
+            raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
+        self.dense = build_dense(config, self.probe, self.student.backbone.patch_size)
+        looking = (self.probe, self.general, self.dense.pictures if self.dense else None)
+        self.notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
+        self.notes += self._stages_in_words()
+        if advice := self.outlook.advice():
+            self.notes.append(f"advice: {advice}")
 
     @property
     def num_steps(self) -> int:
@@ -108,17 +137,45 @@ class Setup:
         last = max(first for first in self.stages if first <= step)
         return self.stages[last], min((first for first in self.stages if first > step), default=self.num_steps)
 
+    def _stages_in_words(self) -> list[str]:
+        """A line on the stages of the run, or [] where it has one."""
+        ends = [*self.stages][1:]
+        words = [f"{views.crops.global_size} and {views.crops.local_size} px" for views in self.stages.values()]
+        parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
+        return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
+
+    def claim(self, resumes: bool) -> dict[str, Remote]:
+        """Begin the trackers of the run, which are returned, then its folder: config, and a copy of `init=`'s weights.
+
+        The copy makes the run independent of the file it came from: a resumed run rebuilds its anchor from it.
+
+        raises  UserError when either cannot be begun, or has files that `overwrite=true` must not delete
+        """
+        config, out = self.config, self.out
+        trackers = begin_trackers(out, resumes, config.log.to, flatten(asdict(config)))
+        with reworded(f"out={out}: cannot be written", OSError):
+            if config.overwrite:
+                delete_run(out, config.takeover)
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "config.yaml", to_yaml(config))
+            if self.init is not None and not _has_copy(config, out):
+                backbone = self.teacher.backbone
+                tensors = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+                stated = {"step": 0, "architecture": backbone.architecture(), "init": self.init[1]}
+                write_weights(out / COPY, tensors, stated)
+        if self.probe is not None:
+            write_probed(out, self.probe, config)
+        return trackers
+
     def new_state(self) -> TrainState:
-        """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
-        anchor = self.init.anchor if self.init else None
-        if self.config.loss.gram_weight > 0:
-            anchor = copy.deepcopy(self.teacher.backbone)
+        """The training state at step 0, on `device` and distributed over `ranks`; see `TrainState`."""
+        anchor = copy.deepcopy(self.teacher.backbone) if self.config.loss.anchored else None
         seen, where = None, (self.device, self.dtype)
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
             seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
         networks, tutor = (self.student, self.teacher), self.tutor
-        state = build_state(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
+        state = TrainState(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
         if tutor is not None:
             state.history["distill"] = tutor.encoder.identity
         return state
@@ -141,24 +198,16 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
-        config = self.config
-        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
-        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
-
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
         raises UserError when the folder cannot be written
         """
-        config = self.config
-        stated = {
-            "architecture": self.teacher.backbone.architecture(),
-            "preprocessing": self.preprocessing.as_json(),
-            "config_hash": config.hash(),
-        }
+        config, looks = self.config, self.config.augment
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)  # crops are seen whole
+        preprocessing = Preprocessing(looks.mean, looks.std, (size, size), size, value_range=limits).as_json()
+        architecture = self.teacher.backbone.architecture()
+        stated = {"architecture": architecture, "preprocessing": preprocessing, "config_hash": config.hash()}
         return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
@@ -171,82 +220,6 @@ def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
     preset = config.augment.preset
     why = f"augment.preset={preset}: {PRESETS[preset].why}" if preset else ""
     return [*filter(None, [why, left_out]), *(f"warning: data: {line}" for line in warnings)]
-
-
-def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
-    """Check a config against the machine, the data and the weights; every process calls this.
-
-    raises UserError, in one line, when the config cannot be run
-    """
-    if not config.out:
-        raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
-    out, config = Path(config.out), config.as_trained()
-    check_out(config, out)
-    refuse_live(out, config.takeover)
-    check_trackers(config.log.to)
-    device, dtype = _device(config)
-    data = config.data
-    if data.source is None:
-        raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
-    with ranks.main_first():  # the others find the index ready
-        source = open_source(data.source, data.weights, data.index_dir, data.root, data.range, data.columns)
-    saved = out / "config.yaml"
-    before = load_config(saved) if config.resume and saved.is_file() else None
-    config, measured = with_statistics(config, source, before)
-    num_steps = config.num_steps(len(source), ranks.world_size)
-    config = with_horizon(config, num_steps, before, out)
-    changed = [] if before is None else changed_config(config, before, out)
-    seen = survey(source, config.model.in_channels)
-    tutor = load_tutor(config, device, dtype)
-    student, teacher = build_networks(config, tutor)
-    notes = [config.explain_lr(ranks.world_size), *([tutor.note] if tutor else []), *changed, *measured]
-    notes += _of_pictures(config, source, seen)
-    notes += _processes(config, student, ranks.world_size)
-    init = load_init(config, out, student, teacher)
-    schedules = Schedules(num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None)
-    if init is not None:
-        notes += [init.note, config.explain_start(schedules.horizon, ranks.world_size)]
-    probe, general, dense = _probes(config, source, student.backbone.patch_size)
-    looking = (probe, general, None if dense is None else dense.pictures)
-    notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
-    setup = Setup(
-        config=config,
-        ranks=ranks,
-        out=out,
-        device=device,
-        dtype=dtype,
-        source=source,
-        deep=seen.deep and not data.reference_decode,
-        probe=probe,
-        general=general,
-        dense=dense,
-        student=student,
-        teacher=teacher,
-        init=init,
-        tutor=tutor,
-        schedules=schedules,
-        notes=notes,
-    )
-    notes += _stages(setup)
-    if advice := setup.outlook.advice():
-        notes.append(f"advice: {advice}")
-    return setup
-
-
-def _probes(config: Config, source: Source, patch_size: int) -> tuple[Probe | None, Probe | None, DenseProbe | None]:
-    """Those of the run's own domain, of general images, and of patches; UserError where they cannot be built."""
-    probe, general = build_probe(config, source), build_general(config)
-    if general is not None and probe is None:
-        raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
-    return probe, general, build_dense(config, probe, patch_size)
-
-
-def _stages(setup: Setup) -> list[str]:
-    """A line on the stages of the run, or [] where it has one."""
-    ends = [*setup.stages][1:]
-    words = [f"{views.crops.global_size} and {views.crops.local_size} px" for views in setup.stages.values()]
-    parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
-    return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -316,10 +289,9 @@ def with_horizon(config: Config, num_steps: int, before: Config | None, out: Pat
     schedule, reached = config.schedule, 0
     if before is not None and not before.schedule.cooldown:
         reached = pointed_step(out, "last") or 0
-    left = (
-        f"at most {max(0, num_steps - reached)}, what is left of {num_steps} steps after step {reached}; or more steps="
-    )
-    check(schedule.cooldown <= max(0, num_steps - reached), "schedule.cooldown", schedule.cooldown, left)
+    left = max(0, num_steps - reached)
+    expected = f"at most {left}, what is left of {num_steps} steps after step {reached}; or more steps="
+    check(schedule.cooldown <= left, "schedule.cooldown", schedule.cooldown, expected)
     if schedule.shape == "cosine" or schedule.horizon is not None:
         return config
     first = None if before is None else before.schedule.horizon
@@ -355,16 +327,29 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
 
 
-def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbone: RegisterViT) -> None:
-    """Create the run folder `out` and write the resolved config and the initial weights, if any, into it.
+def load_init(config: Config, out: Path, student: Networks, teacher: Networks) -> tuple[str, dict[str, Any]] | None:
+    """Put the weights of `init=` into both backbones; None without `init=`. Nothing is written.
 
-    backbone  with the weights of `init`
-    raises    UserError when the folder cannot be written, or has files that `overwrite=true` must not delete
+    A resumed run reads them from the copy in its folder, if there is one.
+
+    returns  what was loaded, reshaped and left out, in one line; and {"source", "path", "source_sha256"}: the value of
+             `init=`, the file it stands for and that file's digest
+    raises   UserError when the weights cannot be read, do not fit, or differ from the digest beside the copy, and for
+             loss.anchor_weight or loss.diet_weight > 0 without `init=`
     """
-    with reworded(f"out={out}: cannot be written", OSError):
-        if config.overwrite:
-            delete_run(out, config.takeover)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "config.yaml", to_yaml(config))
-        if init is not None:
-            copy_init(config, out, init, backbone)
+    if config.init is None:
+        for key in ("anchor_weight", "diet_weight"):
+            without = "0 without init=, there are no features to begin with"
+            check(getattr(config.loss, key) == 0, f"loss.{key}", getattr(config.loss, key), without)
+        return None
+    if _has_copy(config, out):
+        report = load_into(student.backbone, out / COPY)
+    else:
+        report = load_into(student.backbone, config.init, config.adapt.channels)
+    teacher.backbone.load_state_dict(student.backbone.state_dict())
+    path = report.weights.path
+    return f"init: {report}", {"source": config.init, "path": str(path), "source_sha256": digest(path)}
+
+
+def _has_copy(config: Config, out: Path) -> bool:
+    return config.resume and (out / COPY).is_file()

@@ -1,7 +1,6 @@
 """What training carries from step to step: student, teacher, optimizer, centres, counters."""
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
 from dinoreg.models.registry import parse_name
 from dinoreg.models.vit import RegisterViT
-from dinoreg.train.optimizer import GroupsAdamW, build_optimizer, start_moments
-from dinoreg.train.parallelize import Modules, local, parallelize
+from dinoreg.train.optimizer import build_optimizer, start_moments
+from dinoreg.train.parallelize import local, parallelize
 from dinoreg.train.tutor import Tutor
 
 LARGEST_LOSS_SCALE = 2.0**16
@@ -38,7 +37,6 @@ class Networks(nn.ModuleDict):
         return self.ibot_head if "ibot_head" in self else self.dino_head
 
 
-@dataclass
 class TrainState:
     """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, `seen`, tutor and a fixed anchor.
 
@@ -59,23 +57,59 @@ class TrainState:
     ranks          the processes that train it together
     """
 
-    student: Networks
-    teacher: Networks
-    train_modules: Modules
-    optimizer: GroupsAdamW
-    centers: dict[str, Tensor]
-    loss_scale: Tensor
-    scale_age: Tensor
-    rejected: Tensor
-    step: int = 0
-    position: int = 0
-    rollbacks: int = 0
-    history: dict[str, Any] = field(default_factory=dict)
-    anchor: RegisterViT | None = None
-    anchor_moves: bool = False
-    seen: Tensor | None = None
-    tutor: Tutor | None = None
-    ranks: Ranks = ALONE
+    def __init__(
+        self,
+        config: Config,
+        student: Networks,
+        teacher: Networks,
+        device: torch.device,
+        dtype: torch.dtype,
+        anchor: RegisterViT | None = None,
+        ranks: Ranks = ALONE,
+        mesh: DeviceMesh | None = None,
+        seen: Tensor | None = None,
+        tutor: Tutor | None = None,
+    ) -> None:
+        """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
+
+        dtype   of autocast; only float16 uses a loss scale above 1
+        anchor  the frozen backbone that a loss holds to, if any
+        mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
+        seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
+        tutor   on `device`, the one that the networks were built for
+        raises  UserError where the processes do not divide into groups of `parallel.shard`
+        """
+        if config.init is not None and config.adapt.blocks is not None:
+            student.backbone.requires_grad_(False)
+            for module in (*student.backbone.blocks[-config.adapt.blocks :], student.backbone.norm):
+                module.requires_grad_(True)
+        if seen is None and config.loss.diet_weight > 0:
+            seen = torch.zeros(config.batch_size, student.backbone.dim, device=device)
+        if not config.loss.distils:
+            for head in {student.dino_head, student.head_of_patches}:
+                head.requires_grad_(False)
+        student.to(device).train()
+        teacher.to(device)
+        anchor = None if anchor is None else anchor.to(device)
+        self.student, self.teacher = student, teacher
+        self.train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
+        self.optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
+        # With a tutor nothing is masked, so that the mask token never gets a gradient.
+        if tutor is not None or (config.init is not None and config.adapt.heads > 0):
+            start_moments(self.optimizer)
+        if tutor is None:
+            heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
+            widths = {name: len(head.last_layer.weight_g) for name, head in heads.items()}
+        else:
+            widths = dict.fromkeys(("cls", "patch"), tutor.encoder.dim)
+        self.centers = {name: torch.zeros(1, width, device=device) for name, width in widths.items()}
+        self.loss_scale = torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device)
+        self.scale_age = torch.zeros((), dtype=torch.int32, device=device)
+        self.rejected = torch.zeros((), device=device)
+        self.anchor, self.anchor_moves = anchor, config.loss.gram_weight > 0
+        self.seen, self.tutor, self.ranks = seen, tutor, ranks
+        self.step = self.position = self.rollbacks = 0
+        self.history: dict[str, Any] = {}
 
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, by name, sharing memory with this state."""
@@ -162,63 +196,3 @@ def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks
             student[name] = PrototypeHead(backbone.dim, *options)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher
-
-
-def build_state(
-    config: Config,
-    student: Networks,
-    teacher: Networks,
-    device: torch.device,
-    dtype: torch.dtype,
-    anchor: RegisterViT | None = None,
-    ranks: Ranks = ALONE,
-    mesh: DeviceMesh | None = None,
-    seen: Tensor | None = None,
-    tutor: Tutor | None = None,
-) -> TrainState:
-    """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
-
-    dtype   of autocast; only float16 uses a loss scale above 1
-    anchor  the frozen backbone that a loss holds to, if any
-    mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
-    seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
-    tutor   on `device`, the one that the networks were built for
-    raises  UserError where the processes do not divide into groups of `parallel.shard`
-    """
-    if config.init is not None and config.adapt.blocks is not None:
-        student.backbone.requires_grad_(False)
-        for module in (*student.backbone.blocks[-config.adapt.blocks :], student.backbone.norm):
-            module.requires_grad_(True)
-    if seen is None and config.loss.diet_weight > 0:
-        seen = torch.zeros(config.batch_size, student.backbone.dim, device=device)
-    if not config.loss.distils:
-        for head in {student.dino_head, student.head_of_patches}:
-            head.requires_grad_(False)
-    student.to(device).train()
-    teacher.to(device)
-    anchor = None if anchor is None else anchor.to(device)
-    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
-    optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
-    # With a tutor nothing is masked, so that the mask token never gets a gradient.
-    if tutor is not None or (config.init is not None and config.adapt.heads > 0):
-        start_moments(optimizer)
-    if tutor is None:
-        heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
-        widths = {name: len(head.last_layer.weight_g) for name, head in heads.items()}
-    else:
-        widths = dict.fromkeys(("cls", "patch"), tutor.encoder.dim)
-    return TrainState(
-        student=student,
-        teacher=teacher,
-        train_modules=train_modules,
-        optimizer=optimizer,
-        centers={name: torch.zeros(1, width, device=device) for name, width in widths.items()},
-        loss_scale=torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device),
-        scale_age=torch.zeros((), dtype=torch.int32, device=device),
-        rejected=torch.zeros((), device=device),
-        anchor=anchor,
-        anchor_moves=config.loss.gram_weight > 0,
-        seen=seen,
-        tutor=tutor,
-        ranks=ranks,
-    )

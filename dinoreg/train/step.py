@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinoreg.config.schema import LossConfig
+from dinoreg.config.schema import LossConfig, OptimConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.losses.anchor import anchor_loss
@@ -387,20 +387,16 @@ def train_step(
     now: Now,
     *,
     loss: LossConfig,
+    optim: OptimConfig,
     dtype: torch.dtype,
-    clip_grad: float | None,
-    accumulate: int,
     seed: int,
-    move_on_skip: bool = False,
 ) -> StepResult:
     """One optimizer step, which updates `state` in place; every process calls it together.
 
-    now           the scheduled values of the step
-    dtype         of autocast; float16 comes with loss scaling
-    clip_grad     largest gradient norm of each module, see `clip_gradients`; 0 or None: no clipping
-    accumulate    number of micro-batches; it divides the number of images of the batch
-    seed          of the run
-    move_on_skip  in a step that is not finite the teacher still moves towards the student, and finite centres to theirs
+    now    the scheduled values of the step
+    optim  of which clipping, the number of micro-batches, which divides that of images, and `move_on_skip` count here
+    dtype  of autocast; float16 comes with loss scaling
+    seed   of the run
 
     A step whose loss or gradient is not finite changes counters and the loss scale only. Whether it is
     finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
@@ -410,6 +406,7 @@ def train_step(
         state.renew_anchor()
     state.optimizer.zero_grad(set_to_none=True)
     step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
+    accumulate, move_on_skip = optim.accumulate, optim.move_on_skip
     if state.tutor is None:
         seen = (state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks)
         targets = teacher_targets(*seen) if loss.distils else None
@@ -421,7 +418,7 @@ def train_step(
         targets = Targets(none, none, features, centers)
     for networks in (state.student, state.teacher):
         reshard(networks)
-    norms = clip_gradients(state.student, clip_grad, state.optimizer, state.loss_scale)
+    norms = clip_gradients(state.student, optim.clip_grad, state.optimizer, state.loss_scale)
     finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
     # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
     accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())

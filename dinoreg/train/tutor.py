@@ -83,8 +83,7 @@ def views_of(config: Config, crops: CropSettings, patch_size: int, tutor: Tutor 
     crops, patch_size = as_cut(tutor, crops, patch_size)
     loss, model = config.loss, config.model
     clean_size, related = loss.clean_size(crops.global_size), loss.paka_weight > 0
-    seen = model.crop_channels, clean_size, related, model.bag_of
-    return Views(crops, config.augment, config.mask, patch_size, *seen)
+    return Views(crops, config.augment, config.mask, patch_size, model.crop_channels, clean_size, related, model.bag_of)
 
 
 def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tutor | None:
@@ -96,9 +95,7 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
     """
     if config.distill is None:
         if config.distill_size is not None:
-            raise UserError(
-                "distill: missing; name the weights to learn from, as distill=WEIGHTS (or distill_size=none)"
-            )
+            raise UserError("distill: missing; name the weights to learn from, distill=WEIGHTS (or distill_size=none)")
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
     channels, patch = config.model.crop_channels, encoder.patch_size

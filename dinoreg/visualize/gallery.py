@@ -28,7 +28,7 @@ from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.reports import html
 from dinoreg.runtime.errors import RunError, reworded
 from dinoreg.runtime.json_files import read_json
-from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, view_folder
+from dinoreg.visualize.subject import Images, open_subject, picture_size, read_pictures, view_folder
 
 GREY = (128, 134, 144)  # legible on white and on black
 INK = "#808690"  # the same
@@ -37,7 +37,6 @@ WIDEST = 8  # width over height of a tile; what is longer is squeezed, so that i
 LABEL = 18  # height of a line of text in pixels
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
-Images = str | Sequence[str] | None
 Size = int | Sequence[int] | None
 Out = str | None
 Num = int | None

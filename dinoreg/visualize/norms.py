@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_log_ticks, set_style
+from dinoreg.reports.html import COLOURS, SETTINGS, Chart, Line, set_log_ticks, set_style
 from dinoreg.visualize.gallery import INK, ModelGallery, colour_map, figure_image, map_row, sheet
 
 TILE = 92  # pixels, the height of a map
@@ -112,10 +112,9 @@ def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
     edges    (k + 1,) ascending
     returns  (L, k) float64, rows sum to one
     """
-    bins = len(edges) - 1
-    places = (torch.bucketize(norms.flatten(1), edges) - 1).clamp(0, bins - 1)
-    counts = torch.stack([torch.bincount(row, minlength=bins) for row in places])
-    return counts.double() / counts.sum(dim=1, keepdim=True)
+    inside = norms.flatten(1).clamp(edges[0], edges[-1])
+    counts = torch.stack([torch.histogram(row, edges).hist for row in inside])
+    return counts.double() / inside.shape[1]
 
 
 def histogram(norms: Tensor) -> dict[str, list[Any]]:
@@ -125,9 +124,7 @@ def histogram(norms: Tensor) -> dict[str, list[Any]]:
     return {"edges": edges.tolist(), "shares": log_histogram(norms, edges).tolist()}
 
 
-def draw_blocks(
-    axes: Axes, found: Mapping[str, Any], cls: Sequence[float], registers: Iterable[Sequence[float]]
-) -> None:
+def draw_blocks(axes: Axes, found: Mapping[str, Any], cls: Sequence[float], registers: Iterable[Any]) -> None:
     """Draw the histogram of patches after every block, a column each, with the class token and each register as lines.
 
     found  as `histogram` gives it

@@ -164,10 +164,10 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     with whole, open_regular(path), safe_open(path, framework="pt") as file:
         stated = file.metadata() or {}
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
-    shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
-    split_shapes = {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
-    has_foreground = not split_shapes.keys().isdisjoint(tensors)
-    shapes |= split_shapes if has_foreground else {}
+    shapes: dict[str, Any] = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
+    has_foreground = any(key.startswith("foreground.") for key in tensors)
+    if has_foreground:
+        shapes |= {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
     if stated.get("format") != FORMAT or tensors.keys() != shapes.keys():
         raise UserError(f"basis={path}: not a colour basis; dinoreg view pca basis=FILE writes one where FILE is not")
     for key, shape in shapes.items():
@@ -175,11 +175,11 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
         if found != shape or not tensors[key].isfinite().all():
             raise UserError(f"basis={path}: {key} is {found}, expected finite numbers {shape} for a width of {dim}")
     if has_foreground != with_foreground:
-        fitted = "true" if has_foreground else "false"
+        fitted = str(has_foreground).lower()
         raise UserError(f"basis={path}: was fitted with foreground={fitted}; use the same, or another file")
-    basis = PatchBasis(*(tensors[f"basis.{name}"] for name in PatchBasis._fields))
-    split = Foreground(*(tensors[key] for key in split_shapes)) if has_foreground else None
-    return basis, split, stated.get("fitted_on", "")
+    values = [tensors[key] for key in shapes]
+    split = Foreground(*values[4:]) if has_foreground else None
+    return PatchBasis(*values[:4]), split, stated.get("fitted_on", "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,9 +202,8 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
         raise UserError(f"layer={layer}: expected one block")
     file = Path(basis) if basis else None
     known = read_basis(file, model.dim, foreground) if file is not None and file.exists() else None
-    patches = torch.cat(
-        [model.intermediate_tokens(each[None], layers)[0].patches.float().cpu() for each in gallery.pictures.images]
-    )
+    tokens = (model.intermediate_tokens(each[None], layers)[0] for each in gallery.pictures.images)
+    patches = torch.cat([each.patches.float().cpu() for each in tokens])
     fitted_on = f"{gallery.subject.name}, {len(names)} images"
     colours, split, origin = known or (*_fit(patches, grid, foreground), fitted_on)
     inside = torch.ones(patches.shape[:2], dtype=torch.bool) if split is None else foreground_mask(patches, split)

@@ -1,4 +1,4 @@
-"""Key names and layouts of Meta, timm and transformers, as pure functions between state dicts.
+"""Key names and layouts of Meta, timm and transformers, as pure functions between state dicts of DINOv2 and DINOv3.
 
 Ours are Meta's names (`vit.py`), so `to_meta` only adds a missing mask token. A `from_*` function renames the
 backbone's tensors and passes on all others (heads, unknown tensors) under their own names; the reader decides about
@@ -6,17 +6,19 @@ them. No function copies a tensor unless its values or layout change, and none c
 
 Meta <-> ours and transformers <-> ours are exact, bit for bit. timm's form has less information: it has no mask token,
 and in models with registers the class token's position is added to the class token. The encoder computes the same sum
-in every pass, so outputs stay the same bit for bit, but the two terms cannot be recovered.
+in every pass, so outputs stay the same bit for bit, but the two terms cannot be recovered. Of DINOv3, rotary positions
+have no tensors, and keys have no bias: its third of ours is zero.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.errors import UserError
 
 State = dict[str, Tensor]
@@ -25,15 +27,15 @@ _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 # Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-TRANSFORMERS = (
+_OF_BOTH = (  # of DINOv2 and DINOv3 in transformers
     ("cls_token", "embeddings.cls_token"),
     ("register_tokens", "embeddings.register_tokens"),
     ("mask_token", "embeddings.mask_token"),
     (".ls1.gamma", ".layer_scale1.lambda1"),
     (".ls2.gamma", ".layer_scale2.lambda1"),
 )
-_TRANSFORMERS = (  # of DINOv2: names on disk, which are those before transformers 5
-    *TRANSFORMERS,
+_DINOV2 = (  # names on disk, which are those before transformers 5
+    *_OF_BOTH,
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
     ("norm.", "layernorm."),
@@ -162,7 +164,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     state   with the names on disk or those in memory since transformers 5
     raises  UserError when one of query, key and value (or of gate and up) is missing, or two keys mean one tensor
     """
-    pairs = flipped(_TRANSFORMERS)
+    pairs = flipped(_DINOV2)
     out = unique((renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
     if "register_tokens" in out and not out["register_tokens"].numel():  # there are models with zero registers
         del out["register_tokens"]
@@ -174,7 +176,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
 
     Query, key and value are views of the fused tensor. transformers always has LayerScale, see `split`.
     """
-    return {renamed(key, _TRANSFORMERS): value for key, value in split(state, {".attn.qkv.": _QKV}).items()}
+    return {renamed(key, _DINOV2): value for key, value in split(state, {".attn.qkv.": _QKV}).items()}
 
 
 def _name_on_disk(key: str) -> str:
@@ -183,11 +185,94 @@ def _name_on_disk(key: str) -> str:
     return key
 
 
-FROM: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
-    "dinoreg": from_meta,
-    "meta": from_meta,
-    "transformers": from_transformers,
+# --------------------------------------------------------------------------------------------------------------- DINOv3
+
+_PERIODS = "rope_embed.periods"
+_GATES = (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN
+_PROJECTIONS = tuple(f".attention.{name}_proj." for name in "qkv")
+_BIASES = tuple(f".attn.{name}_bias" for name in "qkv")
+# Of each library: our and its names, as for `renamed` (a gated FFN's last layer is fc2 as a plain one's); of one tensor
+# of ours several of its, as for `joined`; biases of queries, keys and values, where they are by themselves.
+_LIBRARIES: dict[str, tuple[tuple[tuple[str, str], ...], dict[str, tuple[str, ...]], tuple[str, ...]]] = {
+    "dinoreg": ((), {}, ()),
+    "meta": ((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}, ()),
+    "timm": (
+        (("register_tokens", "reg_token"), (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")),
+        {".attn.qkv.bias": _BIASES, ".mlp.w12.": (".mlp.fc1_g.", ".mlp.fc1_x.")},
+        _BIASES,
+    ),
+    "transformers": (
+        (
+            *_OF_BOTH,
+            ("patch_embed.proj.", "embeddings.patch_embeddings."),
+            ("blocks.", "layer."),
+            (".attn.proj.", ".attention.o_proj."),
+            (".mlp.fc1.", ".mlp.up_proj."),
+            (".mlp.fc2.", ".mlp.down_proj."),
+        ),
+        {".attn.qkv.": _PROJECTIONS, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.fc1.")},
+        tuple(f"{part}bias" for part in _PROJECTIONS),
+    ),
 }
+
+
+def is_dinov3(state: Mapping[str, Any]) -> bool:
+    """Whether these are the names of a DINOv3 backbone of one of the three libraries; only the keys are read."""
+    marks, timm = {"storage_tokens", _PERIODS, "embeddings.patch_embeddings.weight"}, {"reg_token", "blocks.0.gamma_1"}
+    return bool(marks & state.keys()) or timm <= state.keys()
+
+
+def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
+    """Ours from a library's names, those on disk or in memory; biases that a model does without are zero.
+
+    library  "dinoreg" | "meta" | "timm" | "transformers"
+    raises   UserError for other periods than DINOv3's, when one of several parts of a tensor is missing, and when two
+             keys mean the same tensor
+
+    Of Meta's, the norm of local crops, the periods of positions and the biases' masks are passed on.
+    """
+    theirs, parts, biases = _LIBRARIES[library]
+    gated = any(gate in key for key in state for gate in _GATES)
+    pairs = flipped(theirs) + ([(".mlp.fc2.", ".mlp.w3.")] if gated else [])
+    plain = ((re.sub(r"^model\.(?=layer\.)", "", key), value) for key, value in from_meta(state).items())
+    out = unique((renamed(key, pairs), value) for key, value in plain)
+    for key, value in list(out.items()):
+        if key == "register_tokens" and not value.numel():  # there are models with zero registers
+            del out[key]
+        elif key == "mask_token":
+            out[key] = value.flatten(0, -2)  # transformers' has three dimensions
+        elif key == _PERIODS and not torch.allclose(  # the published ones are rounded to bfloat16
+            value.float(), BASE ** (torch.arange(len(value)) / len(value)), rtol=1e-2
+        ):
+            raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(value)})")
+        elif key.endswith(".bias_mask"):
+            bias = key.removesuffix("_mask")
+            out[bias] = torch.where(value.bool(), out[bias], 0)  # what is masked may be anything
+        elif key.endswith((".attn.qkv.weight", f"{_PROJECTIONS[0]}weight")):
+            for bias in biases:
+                out.setdefault(key.partition(".att")[0] + bias, value.new_zeros(value.shape[1]))
+    return joined(out, {whole: some for whole, some in parts.items() if gated or whole != ".mlp.w12."})
+
+
+def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False) -> State:
+    """A library's names on disk from ours with a mask token. There always is LayerScale, see `split`.
+
+    library   "timm", whose models have no mask token, or "transformers"
+    key_bias  whether keys have biases
+    """
+    theirs, parts, biases = _LIBRARIES[library]
+    pairs = [(".mlp.w3.", ".mlp.fc2."), *theirs]
+    out = {renamed(key, pairs): value for key, value in split(state, parts).items()}
+    if library == "timm":
+        del out["mask_token"]
+    else:
+        mask_token = out["embeddings.mask_token"]
+        out["embeddings.mask_token"] = mask_token.unsqueeze(0)
+        out.setdefault("embeddings.register_tokens", mask_token.new_zeros(1, 0, mask_token.shape[-1]))
+    return {key: value for key, value in out.items() if key_bias or not key.endswith(biases[1])}
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
 
 
 def joined(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> State:

@@ -9,7 +9,6 @@ the new size.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import describe_positions, hidden_dim_of
 from dinoreg.weights.names import random_name
-from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
+from dinoreg.weights.resolve import SOURCES, Weights, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,42 +30,76 @@ PROJECTION = "patch_embed.proj.weight"
 _PER_CHANNEL = {"mean": 1, "std": 1, "range": 2}  # numbers that a preprocessing has for each
 
 
-@dataclass(frozen=True)
 class LoadReport:
-    """What was done with every tensor of a file and of the model, by name."""
+    """The tensors of a file, adapted to a model, and what was done with every one of them and of the model.
 
-    path: Path
-    loaded: tuple[str, ...]  # taken as they are
-    reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
-    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and entries beside the state dict
-    adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
-    grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
-    source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
-    positions: str  # how the model resamples its positions, and whose way that is
-    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
-    where: str  # what the names in the file begin with: "teacher.backbone"
-    others: tuple[str, ...]  # the same of other networks in the file, which were not taken
-    pixels: str  # what is done with pictures, and which file says so
+    weights   the content of the file
+    state     the tensors by name, without added registers and a missing mask token, which the caller initialises
+    loaded    names of the tensors taken as they are
+    reshaped  "pos_embed: 16x16 -> 37x37"
+    adapted   "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
+    grafted   "register_tokens: 4 fresh registers"
+    positions how the model resamples its positions, and whose way that is
+    fresh     what is in the encoder, not in the file, and keeps its start values
+    """
+
+    def __init__(
+        self, weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
+    ) -> None:
+        """Neither the weights nor the model are changed.
+
+        theirs          the architecture of `weights`, as arguments of RegisterViT
+        adapt_channels  "mean" | "repeat" | "zero", or None: other channels are refused
+        whose           the model's side in words, for messages
+        raises          UserError where the two differ beyond what can be adapted
+        """
+        if adapt_channels not in (None, *CHANNEL_WAYS):
+            raise UserError(f"adapt_channels={adapt_channels!r}: expected one of {', '.join(CHANNEL_WAYS)}")
+        ours, path = model.architecture(), weights.path
+        check_same(theirs, ours, path, whose)
+        state, key = dict(weights.backbone), PROJECTION
+        self.reshaped = self.adapted = ""
+        (height, width), new = theirs["image_size"], model.grid
+        old = (height // model.patch_size, width // model.patch_size)
+        if old != new and "pos_embed" in state:
+            resampling = theirs["antialias"], theirs["position_offset"]
+            state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
+            self.reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+        before, after = state[key].shape[1], model.patch_embed.proj.in_channels
+        if before != after:
+            if adapt_channels is None:
+                how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how (in a run: adapt.channels)"
+                raise UserError(f"weights {path}: in_channels is {before}, the model's is {after}; {how}")
+            state[key] = channels(state[key], after, adapt_channels)
+            self.adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
+        grafts = model.num_registers if not theirs["num_registers"] else 0
+        self.fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
+        source = SOURCES[weights.source]
+        was, now = describe_positions(theirs), describe_positions(ours)
+        reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
+        self.weights, self.state, self.positions = weights, state, f"positions are {now}, {reason}"
+        self.grafted = f"register_tokens: {grafts} fresh registers" if grafts else ""
+        self.loaded = [key for key, value in weights.backbone.items() if state[key] is value]
 
     def __str__(self) -> str:
-        groups = sorted({key.partition(".")[0] for key in self.left_out})
-        missing = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
+        weights = self.weights
+        groups = sorted({key.partition(".")[0] for key in weights.left_out})
         parts = {
-            "reshaped": ", ".join(self.reshaped),
-            "adapted": ", ".join(self.adapted),
-            "grafted": ", ".join(self.grafted),
-            f"left out {len(self.left_out)}": f"({', '.join(groups)})" if groups else "",
-            "not in the file:": ", ".join(missing),
+            "reshaped": self.reshaped,
+            "adapted": self.adapted,
+            "grafted": self.grafted,
+            f"left out {len(weights.left_out)}": f"({', '.join(groups)})" if groups else "",
+            "not in the file:": ", ".join(key for key in self.fresh if not self.grafted.startswith(f"{key}:")),
         }
         changes = [f"{what} {which}" for what, which in parts.items() if which]
-        network = f", {self.where!r} in it" if self.where and self.source != SOURCES["dinoreg"] else ""
-        network += f", not {' or '.join(map(repr, self.others))}" if self.others else ""
-        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source}{network})"
-        return "; ".join([first, *changes, self.positions, self.pixels])
+        network = f", {weights.where!r} in it" if weights.where and weights.source != "dinoreg" else ""
+        network += f", not {' or '.join(map(repr, weights.others))}" if weights.others else ""
+        first = f"{len(self.loaded)} tensors loaded from {weights.path} ({SOURCES[weights.source]}{network})"
+        return "; ".join([first, *changes, self.positions, describe_preprocessing(weights.preprocessing)])
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
-    """Copy the weights of `source` (see `read_weights`) into `model`, in place.
+    """Copy the weights of `source` (see `Weights`) into `model`, in place.
 
     The position grid is resampled to the model's. If the file has no registers, those of the model keep their values.
 
@@ -75,20 +108,19 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     raises          UserError, before anything is changed, for a file that cannot be read, and naming the first other
                     property in which the architectures differ
     """
-    weights = read_weights(source)
+    weights = Weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
     theirs = weights.architecture(None if tells_heads else model.heads)
-    state, report = fit(weights, theirs, model, adapt_channels, "the model's is")
-    model.load_state_dict(state, strict=False)
+    report = LoadReport(weights, theirs, model, adapt_channels, "the model's is")
+    model.load_state_dict(report.state, strict=False)
     return report
 
 
 class Loaded(NamedTuple):
-    """A model with weights, the report on its tensors, and the content of the file."""
+    """A model with weights, and the report on its tensors."""
 
     model: RegisterViT
     report: LoadReport
-    weights: Weights
 
 
 def load_reported(
@@ -96,11 +128,12 @@ def load_reported(
 ) -> Loaded:
     """As `load`, but with a report, and only for weights that exist (UserError otherwise)."""
     _check_options(overrides)
-    weights = read_weights(source)
+    weights = Weights(source)
     theirs = weights.architecture(overrides.get("heads"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = RegisterViT(**(theirs | overrides))
-    state, report = fit(weights, theirs, model, adapt_channels, "what was asked for is")
+    report = LoadReport(weights, theirs, model, adapt_channels, "what was asked for is")
+    state = report.state
     if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
     if "register_tokens" in report.fresh:
@@ -108,10 +141,10 @@ def load_reported(
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
     model.preprocessing = _preprocessing(weights, theirs, model)
-    changed = bool(report.reshaped or report.adapted or report.grafted or report.others)
+    changed = bool(report.reshaped or report.adapted or report.grafted or weights.others)
     changed |= "stated_by" in weights.preprocessing  # a library's words, which ours stand for
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
-    return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
+    return Loaded(model.to(device).eval().requires_grad_(True), report)
 
 
 def load(
@@ -184,70 +217,19 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    of_positions = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
-    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
+    by_name = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
+    hints = {
+        "rope_base": "; names of models that end with _rope have rotary positions",
+        "register_neurons": "; registers added at test time are not trained: take the weights they were added to",
+    }
+    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *by_name, "register_neurons"):
         if a[key] != b[key]:
-            hint = "; names of models that end with _rope have rotary positions" if key == "rope_base" else ""
-            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hint}")
+            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):
         raise UserError(
             f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
             "registers are only grafted onto a backbone that has none"
         )
-
-
-def fit(
-    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `weights`, adapted to `model`, and a report; neither argument is changed.
-
-    theirs          the architecture of `weights`, as arguments of RegisterViT
-    adapt_channels  "mean" | "repeat" | "zero", or None: other channels are refused
-    whose           the model's side in words, for messages
-    returns         the tensors by name, without added registers and a missing mask token, which the caller initialises;
-                    the report names them
-    raises          UserError where the two differ beyond what can be adapted
-    """
-    if adapt_channels not in (None, *CHANNEL_WAYS):
-        raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
-    ours, path = model.architecture(), weights.path
-    check_same(theirs, ours, path, whose)
-    state, key = dict(weights.backbone), PROJECTION
-    reshaped: tuple[str, ...] = ()
-    adapted: tuple[str, ...] = ()
-    old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
-    if old != new and "pos_embed" in state:
-        resampling = theirs["antialias"], theirs["position_offset"]
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
-        reshaped = (f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}",)
-    before, after = state[key].shape[1], model.patch_embed.proj.in_channels
-    if before != after:
-        if adapt_channels is None:
-            raise UserError(
-                f"weights {path}: in_channels is {before}, the model's is {after}; "
-                f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
-            )
-        state[key] = channels(state[key], after, adapt_channels)
-        adapted = (f"{key}: {before} -> {after} channels ({adapt_channels})",)
-    grafts = model.num_registers if not theirs["num_registers"] else 0
-    fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
-    source = SOURCES[weights.source]
-    was, now = describe_positions(theirs), describe_positions(ours)
-    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
-    return state, LoadReport(
-        path=path,
-        loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
-        reshaped=reshaped,
-        left_out=weights.left_out,
-        adapted=adapted,
-        grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
-        fresh=fresh,
-        source=source,
-        positions=f"positions are {now}, {reason}",
-        where=weights.where,
-        others=weights.others,
-        pixels=describe_preprocessing(weights.preprocessing),
-    )
 
 
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:

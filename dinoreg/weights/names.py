@@ -31,10 +31,8 @@ def not_there(source: str | Path) -> UserError:
         published = _published(text.removeprefix("timm/"))
     except UserError:
         hint = ", or random:NAME for random weights" if "/" not in text else ""
-        return UserError(
-            f"weights {text!r}: no such file or run folder; nothing is downloaded: fetch the weights and give their "
-            f"path{hint}"
-        )
+        fetch = "nothing is downloaded: fetch the weights and give their path"
+        return UserError(f"weights {text!r}: no such file or run folder; {fetch}{hint}")
     fetch = f"fetch {published} and give its path" if published else "no weights are published under it"
     return UserError(
         f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}, "

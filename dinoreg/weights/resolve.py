@@ -8,7 +8,7 @@ cannot lead out of its run folder.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,9 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
-from dinoreg.weights.architecture import Stated, infer_architecture
-from dinoreg.weights.backbone_in_file import find_backbone
-from dinoreg.weights.convert import FROM, detect, from_timm
-from dinoreg.weights.convert_dinov3 import from_dinov3, is_dinov3
-from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
-from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
+from dinoreg.weights.architecture import Stated, infer_architecture, library_of, preprocessing_of, read_config
+from dinoreg.weights.convert import detect, from_dinov3, from_meta, from_timm, from_transformers, is_dinov3
+from dinoreg.weights.files import INDEX_SUFFIX, find_backbone, read_file, read_json
 from dinoreg.weights.names import not_there, random_name
 
 TEACHER_FORMAT = "dinoreg-teacher"
@@ -41,50 +38,8 @@ SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers":
 
 # Beside the backbone's own tensors: heads, and in DINOv3's files a norm of local crops, periods and the biases' masks.
 _HEAD_KEY = re.compile(
-    r"(dino_head|ibot_head|distill_head|head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
+    r"((dino_|ibot_|distill_)?head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
 )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The content of a weight file, with the encoder's own key names, float32 on the CPU.
-
-    backbone  the encoder's tensors, by name
-    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), of what
-              DINOv3's files have besides (local_cls_norm.*, rope_embed.*, *.bias_mask), and of the entries beside the
-              state dict in a training file (optimizer, student, ...)
-    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
-    source    "dinoreg" | "meta" | "timm" | "transformers"
-    stated    the architecture according to the JSON file beside it
-    where     what the names in the file begin with ("teacher.backbone")
-    others    the same of other networks in the file, which were not taken
-    """
-
-    path: Path
-    backbone: dict[str, Tensor]
-    left_out: tuple[str, ...]
-    metadata: dict[str, Any]
-    source: str
-    stated: Stated
-    where: str = ""
-    others: tuple[str, ...] = ()
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What is stated of pictures, unchecked (`data.preprocess` reads it); {} where nothing is."""
-        found = self.metadata.get("preprocessing")
-        return found if isinstance(found, dict) else {}
-
-    def architecture(self, heads: int | None = None) -> dict[str, Any]:
-        """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
-
-        heads   number of attention heads, for a file that does not state it
-        raises  UserError where these contradict one another
-        """
-        stated = self.stated
-        if heads is not None and "heads" not in stated.values:
-            stated = Stated({**stated.values, "heads": heads}, "the option", stated.names)
-        return infer_architecture(self.backbone, stated, self.path, self.source)
 
 
 def find_weights(source: str | Path) -> Path | None:
@@ -146,60 +101,92 @@ def _only_file(folder: Path) -> Path:
         return files[0]
     if files:
         raise UserError(f"weights {folder}: holds {len(files)} weight files; name one, for example {files[0]}")
-    raise UserError(
-        f"weights {folder}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
-    )
+    raise UserError(f"weights {folder}: no teacher/step_*.safetensors in it, so no run folder, nor other weights")
 
 
-def read_weights(source: str | Path) -> Weights:
-    """Read the weight file of `source` (see `find_weights`), of any of the libraries, torch or safetensors.
+class Weights:
+    """The content of a weight file, with the encoder's own key names, float32 on the CPU.
 
-    raises  UserError if it is missing, damaged, not finite, not the state dict of such an encoder, or contradicts the
-            JSON beside it; NotHeld, a UserError, if a library's config has something that the encoder does not compute
+    backbone  the encoder's tensors, by name
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), of what
+              DINOv3's files have besides (local_cls_norm.*, rope_embed.*, *.bias_mask), and of the entries beside the
+              state dict in a training file (optimizer, student, ...)
+    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
+    source    "dinoreg" | "meta" | "timm" | "transformers"
+    stated    the architecture according to the JSON file beside it
+    where     what the names in the file begin with ("teacher.backbone")
+    others    the same of other networks in the file, which were not taken
     """
-    path = find_weights(source)
-    if path is None:
-        raise not_there(source)
-    library = library_of(path.parent) if path.name in FILES else None
-    if library is not None:  # before the tensors, which may be many
-        stated = read_config(path.parent, library)
-        ours = read_lenient(path.parent / "model.json")
-        own = ours.get("preprocessing") if ours.get("format") == PIXELS_FORMAT else None
-        stated_here = preprocessing_of(path.parent, library)  # what somebody edits counts
-        metadata: dict[str, Any] = {"preprocessing": (own if isinstance(own, dict) else {}) | stated_here}
-    else:
-        metadata = _read_metadata(path)
-        architecture = metadata.get("architecture")
-        stated = Stated(architecture if isinstance(architecture, dict) else {})
-    content = read_file(path)
-    try:
-        found_in_file = find_backbone(content)
-        state = _plain(found_in_file.state)  # before tokens and positions are added up
-        found = detect(state)
-        if library is not None and found != library:
-            raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
-        if metadata.get("format") == TEACHER_FORMAT:
-            found = "dinoreg"  # without registers the names alone would look like timm's
-        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
-            if not is_dinov3(state) and stated.values.get("rope_base") is None:
-                raise UserError(
-                    "no 'pos_embed': its positions are not learned, and nothing says that they are rotary as DINOv3's; "
-                    "timm runs a model of its own as weights=timm:NAME:FILE"
-                )
-            stated = replace(stated, values={"rope_base": BASE, **stated.values})
-            backbone = from_dinov3(state, found)
+
+    def __init__(self, source: str | Path) -> None:
+        """Read the weight file of `source` (see `find_weights`), of any of the libraries, torch or safetensors.
+
+        raises  UserError if it is missing, damaged, not finite, not the state dict of such an encoder, or contradicts
+                the JSON beside it; NotHeld, a UserError, if a library's config has something that the encoder does not
+                compute
+        """
+        path = find_weights(source)
+        if path is None:
+            raise not_there(source)
+        library = library_of(path.parent) if path.name in FILES else None
+        if library is not None:  # before the tensors, which may be many
+            stated = read_config(path.parent, library)
+            ours = read_lenient(path.parent / "model.json")
+            own = ours.get("preprocessing") if ours.get("format") == PIXELS_FORMAT else None
+            stated_here = preprocessing_of(path.parent, library)  # what somebody edits counts
+            metadata: dict[str, Any] = {"preprocessing": (own if isinstance(own, dict) else {}) | stated_here}
         else:
-            backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
-    except UserError as error:
-        raise UserError(f"weights {path}: {error}") from None
-    heads = [key for key in backbone if _HEAD_KEY.match(key)]
-    backbone = {key: value for key, value in backbone.items() if key not in heads}
-    _, left_out, where, others = found_in_file
-    backbone = _plain(backbone)
-    for key, value in backbone.items():
-        if not value.isfinite().all():
-            raise UserError(f"weights {path}: {key} is not finite (NaN or infinite)")
-    return Weights(path, backbone, (*heads, *left_out), metadata, found, stated, where, others)
+            metadata = _read_metadata(path)
+            architecture = metadata.get("architecture")
+            stated = Stated(architecture if isinstance(architecture, dict) else {})
+        content = read_file(path)
+        try:
+            found_in_file = find_backbone(content)
+            state = _plain(found_in_file.state)  # before tokens and positions are added up
+            found = detect(state)
+            if library is not None and found != library:
+                raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
+            if metadata.get("format") == TEACHER_FORMAT:
+                found = "dinoreg"  # without registers the names alone would look like timm's
+            if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
+                if not is_dinov3(state) and stated.values.get("rope_base") is None:
+                    raise UserError(
+                        "no 'pos_embed': positions are not learned, and nothing says that they are rotary as DINOv3's; "
+                        "timm runs a model of its own as weights=timm:NAME:FILE"
+                    )
+                stated = replace(stated, values={"rope_base": BASE, **stated.values})
+                backbone = from_dinov3(state, found)
+            elif found == "timm":
+                backbone = from_timm(state, _grid(stated, state))
+            else:
+                backbone = from_transformers(state) if found == "transformers" else from_meta(state)
+        except UserError as error:
+            raise UserError(f"weights {path}: {error}") from None
+        heads = [key for key in backbone if _HEAD_KEY.match(key)]
+        self.path, self.metadata, self.source, self.stated = path, metadata, found, stated
+        _, left_out, self.where, self.others = found_in_file
+        self.left_out = (*heads, *left_out)
+        self.backbone = _plain({key: value for key, value in backbone.items() if key not in heads})
+        for key, value in self.backbone.items():
+            if not value.isfinite().all():
+                raise UserError(f"weights {path}: {key} is not finite (NaN or infinite)")
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is stated of pictures, unchecked (`data.preprocess` reads it); {} where nothing is."""
+        found = self.metadata.get("preprocessing")
+        return found if isinstance(found, dict) else {}
+
+    def architecture(self, heads: int | None = None) -> dict[str, Any]:
+        """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
+
+        heads   number of attention heads, for a file that does not state it
+        raises  UserError where these contradict one another
+        """
+        stated = self.stated
+        if heads is not None and "heads" not in stated.values:
+            stated = Stated({**stated.values, "heads": heads}, "the option", stated.names)
+        return infer_architecture(self.backbone, stated, self.path, self.source)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -32,7 +32,7 @@ from dinoreg.runtime.device import DTYPES
 from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
 from dinoreg.train.parallelize import compile_blocks
-from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import as_cut
 from tests.fake_cuda.device import SOUND, Answers, Counts, counted
 from tests.fake_cuda.traffic import Traffic
@@ -48,7 +48,7 @@ def _state(config: Config) -> TrainState:
     with DEVICE:
         networks = build_networks(config)
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
-    return build_state(config, *networks, DEVICE, _dtype(config), anchor)
+    return TrainState(config, *networks, DEVICE, _dtype(config), anchor)
 
 
 def step(config: str | None, overrides: dict[str, Any], warm: int = 2, traffic: bool = False) -> dict[str, Any]:

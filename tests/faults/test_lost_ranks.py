@@ -130,7 +130,7 @@ def test_all_ranks_killed_in_writing_resume(faults: Faults, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "victim"),
-    [("dinoreg.train.loop:prepare", 1), ("dinoreg.train.loop:find_checkpoint", 0), ("dinoreg.train.loop:open_log", 1)],
+    [("dinoreg.train.loop:Setup", 1), ("dinoreg.train.loop:find_checkpoint", 0), ("dinoreg.train.loop:open_log", 1)],
 )
 def test_a_rank_that_dies_before_the_first_step_is_named_too(
     function: str, victim: int, faults: Faults, tmp_path: Path

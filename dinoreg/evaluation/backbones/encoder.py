@@ -24,7 +24,7 @@ from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import timm_preprocessing
+from dinoreg.weights.architecture import timm_preprocessing
 from dinoreg.weights.load import select_channels
 
 RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
@@ -162,7 +162,8 @@ class _ModuleEncoder(Encoder):
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # computed once, from the weights at first access
         named = self.name if not list(self.module.parameters()) else ""
-        digest = hashlib.sha256(repr((named, self.preprocessing.as_json())).encode())
+        neurons = getattr(self.module, "register_neurons", None) or ()  # of a test-time register, in no tensor
+        digest = hashlib.sha256(repr((named, self.preprocessing.as_json(), *neurons)).encode())
         for key, value in sorted(self.module.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -21,9 +21,8 @@ from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import UserError, reworded
-from dinoreg.weights.backbone_in_file import find_backbone
-from dinoreg.weights.files import read_file
-from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
+from dinoreg.weights.architecture import NotHeld, library_of, preprocessing_of
+from dinoreg.weights.files import find_backbone, read_file
 from dinoreg.weights.load import describe_preprocessing, load, load_reported
 from dinoreg.weights.names import not_there, random_name
 from dinoreg.weights.resolve import FILES, find_weights
@@ -132,8 +131,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
-    if loaded.report.others:  # the file holds several networks
-        name = f"{name} ({loaded.report.where})"
+    if loaded.report.weights.others:  # the file holds several networks
+        name = f"{name} ({loaded.report.weights.where})"
     encoder = NativeEncoder(loaded.model, name, Preprocessing.of_model(loaded.model, file), device, dtype)
     encoder.watched = None if run is None or step is None else watched_in(run, step)
     return Opened(encoder, run, step or 0)
