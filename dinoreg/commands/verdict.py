@@ -20,11 +20,10 @@ from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import Opened, open_model
 from dinoreg.evaluation.benchmark import PROTOCOLS
-from dinoreg.evaluation.comparison import compare
+from dinoreg.evaluation.comparison import compare, curve, labels_needed, shares
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.features.images import read_picture, shown
-from dinoreg.evaluation.label_efficiency import curve, labels_needed, shares
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, KnnOptions, SharedOptions
 from dinoreg.evaluation.protocols.classification import GREEN, RED, framed
 from dinoreg.evaluation.request import Request

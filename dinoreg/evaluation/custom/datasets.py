@@ -24,8 +24,7 @@ from dinoreg.data.labelled import LabelledImages, passed_over_in_words
 from dinoreg.data.open import absolute, read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-from dinoreg.evaluation.custom.depth_maps import depths
-from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.maps import depths, segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
@@ -142,7 +141,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: in
         order = known.order()  # a folder and a table of the same images are one
         variant = f"{fold_of.max() + 1} folds, seed {seed}"
         return Data({"test": part(order)}, names, variant, {"warnings": warnings + said}, fold_of[order])
-    rows, variant = parts(table.words, groups, share, seed, path, copies=copies)
+    rows, variant = parts(table.words, groups, share, seed, path, copies)
     warnings += copies_across(rows, copies) if copies is not None else []
     warnings += _one_sided(table, rows, where)
     return Data({split: part(each) for split, each in rows.items()}, names, variant, {"warnings": warnings})
