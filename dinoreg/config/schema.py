@@ -78,9 +78,7 @@ class LossConfig(Options, section="loss"):
     diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     gram_weight: float = option(0.0, "of patches' cosines to one another, held to an earlier teacher's (Gram)", low=0)
-    gram_size: int | None = option(
-        None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
-    )
+    gram_size: int | None = option(None, "at which that teacher sees them; none: as the student", unit="pixel", low=1)
     paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)

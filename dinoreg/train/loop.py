@@ -75,7 +75,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         with log:
             monitor = Monitor(setup, state, log)
             probes = None if setup.probe is None else ProbeRunner(setup, setup.probe, monitor)
-            checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
+            checkpoints = Checkpoints(setup, writer, log, on_checkpoint)
             if config.model.compile:
                 compile_blocks(state.student, state.teacher)
             if ranks.is_main:
