@@ -120,7 +120,6 @@ class Failure:
     remedy: str
 
 
-@dataclass(eq=False)
 class Writer(AbstractContextManager):
     """Writes the checkpoints of one run; built once by all processes, which then call `save` and `wait` together.
 
@@ -135,24 +134,19 @@ class Writer(AbstractContextManager):
     saved             step of the last published checkpoint; None before the first
     """
 
-    run: Path
-    options: CheckpointConfig
-    describe_teacher: dict[str, Any]
-    timeout: float
-    ranks: Ranks = ALONE
-    stall: float = 0.0
-    write_time: float | None = None
-    saved: int | None = None
-
-    def __post_init__(self) -> None:
-        self.lease = acquire(self.run, self.ranks)
-        self._writers = ALONE if self.ranks.world_size == 1 else Ranks.of_default_group(self.timeout)
-        self._stall_unread = 0.0
+    def __init__(
+        self, run: Path, options: CheckpointConfig, describe_teacher: dict, timeout: float, ranks: Ranks = ALONE
+    ) -> None:
+        self.run, self.options, self.describe_teacher = run, options, describe_teacher
+        self.timeout, self.ranks, self.lease = timeout, ranks, acquire(run, ranks)
+        self._writers = ALONE if ranks.world_size == 1 else Ranks.of_default_group(timeout)
+        self.stall = self._stall_unread = 0.0
+        self.write_time: float | None = None
+        self.saved: int | None = None
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
-        self._step = 0
         self._problem: BaseException | None = None
-        self._failures = 0
+        self._step = self._failures = 0
         self._reports: list[Failure] = []
         self._published: list[int] = []
 
