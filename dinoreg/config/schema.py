@@ -16,6 +16,7 @@ from typing import Any
 from dinoreg.config.option import Options, check, flat, fraction, option, output, section
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -412,10 +413,7 @@ def _check_model(config: Config) -> None:
     sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
     sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
     for key, size in sizes:
-        below = size // patch * patch
-        nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
-        multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
-        check(size % patch == 0, key, size, multiple)
+        check(size % patch == 0, key, size, multiples(size, patch))
     depth = config.model.depth or named["depth"]
     check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]

@@ -24,6 +24,7 @@ from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
 from dinoreg.weights.load import load, load_reported, resample_pos_embed
 from dinoreg.weights.names import random_name
@@ -79,9 +80,7 @@ def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     height, width = as_pair(size, "size")
     for extent in (height, width):
         if extent % patch_size:
-            low = extent // patch_size * patch_size
-            near = f"{low} or {low + patch_size}" if low else str(patch_size)
-            raise UserError(f"size={size}: {extent} is not a multiple of the patch size {patch_size}; try {near}")
+            raise UserError(f"size={size}: {extent}, expected {multiples(extent, patch_size)}")
     return height, width
 
 

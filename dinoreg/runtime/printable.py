@@ -42,6 +42,12 @@ def enumerated(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
+def multiples(side: int, patch: int) -> str:
+    """What a side, in pixels, that the patch size does not divide should have been."""
+    below = max(side // patch, 1) * patch
+    return f"a multiple of the patch size {patch}, as {below} or {below + patch}"
+
+
 def in_markup(text: str) -> str:
     """Text for a table or bar of rich: `printable`, and no bracket in it is a style."""
     from rich.markup import escape  # not on every import of the errors

@@ -24,6 +24,7 @@ from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 Images = str | Sequence[str] | None  # as `open_images` takes them; None: the data that the run was trained on
 NUM_IMAGES = 8
@@ -116,14 +117,8 @@ def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) ->
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     for side in (height, width):
         if side < patch or side % patch:
-            raise UserError(f"size={side}: {multiples(side, patch)}")
+            raise UserError(f"size={side}: expected {multiples(side, patch)}")
     return height, width
-
-
-def multiples(side: int, patch: int) -> str:
-    """The end of a message on a side, in pixels, that the patch size does not divide: which ones near it would do."""
-    below = max(side // patch, 1) * patch
-    return f"expected a multiple of the patch size {patch}, as {below} or {below + patch}"
 
 
 def view_size(side: int, patch_size: int) -> int:
