@@ -55,8 +55,8 @@ class Source:
             self.model = load(weights)
             self.given = f"{random_name(weights)} (random weights)"
         else:
-            self.model, report = load_reported(weights)
-            metadata, self.run = report.weights.metadata, run_of(self.path)
+            loaded = load_reported(weights)
+            self.model, metadata, self.run = loaded.model, loaded.weights.metadata, run_of(self.path)
             self.given = f"{self.path.resolve().parent.name}/{self.path.name}"
             if self.run is not None:
                 self.given = f"{self.run.resolve().name}/{self.path.parent.name}/{self.path.name}"
