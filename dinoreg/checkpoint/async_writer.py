@@ -19,7 +19,7 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -216,8 +216,15 @@ class Writer(AbstractContextManager):
 
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
         started = time.perf_counter()
+        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
+        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
         try:
-            self._write_or_raise(step, tensors, numbers, best)
+            try:
+                checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
+            except RunError:
+                # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
+                checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
+                raise
         except BaseException as error:  # stored until all processes meet in `_settle`
             self._problem = error
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
@@ -227,19 +234,6 @@ class Writer(AbstractContextManager):
             self.saved = step
             self._published.append(step)
             self._failures = 0
-
-    def _write_or_raise(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
-        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
-        try:
-            checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
-        except RunError:
-            # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
-            checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
-            raise
-        if self.ranks.is_main:
-            with suppress(OSError):
-                checkpoint.retire_teachers(self.run)
 
     def _finish(self, step: int, folder: Path) -> None:
         """Write the teacher file from a checkpoint's folder; TakenOver when another start has claimed the run."""

@@ -223,7 +223,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
+    shard: int | None = option(None, "fsdp: processes sharing a state; none: all; fewer: HSDP", unit="process", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)

@@ -74,10 +74,8 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
             if check["bounded"] and not check["passed"]:
                 relative, where = check["relative_difference"], f"{check['size'][0]}x{check['size'][1]}"
                 far = f"{relative:.1e} of its scale, bound {check['bound']:.1e}" if relative else "no finite number"
-                raise RunError(
-                    f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
-                    f"{check['dtype']} by {far}; nothing written"
-                )
+                what = f"{check['output']} at {where} in {check['dtype']} by {far}"
+                raise RunError(f"format={form.name}: {form.peer} differs from the source: {what}; nothing written")
     pictures = _check_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
     bounded = [(check["dtype"], check["relative_difference"]) for check in checks if check["bounded"]]
@@ -152,10 +150,9 @@ def _check_pictures(form: Format, source: Source, paths: dict[str, Path], answer
     found = compare(source, paths, answers, bounded)
     for check in found["checks"]:
         if not check["passed"]:
-            raise RunError(
-                f"format={form.name}: its own processor makes something else of the file {check['picture']!r} than "
-                f"dinoreg: {check['levels']} of 255 levels apart, cosine {check['cosine']}; nothing written"
-            )
+            else_ = f"makes something else of the file {check['picture']!r} than dinoreg"
+            apart = f"{check['levels']} of 255 levels apart, cosine {check['cosine']}"
+            raise RunError(f"format={form.name}: its own processor {else_}: {apart}; nothing written")
     return found
 
 

@@ -169,11 +169,10 @@ class Checkpoints:
         """
         step, position, rollbacks = state.step, state.position, state.rollbacks
         if rollbacks >= max_rollbacks:
-            raise RunError(
-                f"{int(state.rejected)} steps in a row up to step {step} were not finite, after {rollbacks} "
-                f"roll-back(s). Lower the learning rate or use precision=fp32; the samples are listed in "
-                f"{self.out / 'health' / 'nonfinite.jsonl'}, the log is {self.out / 'train.log'}"
-            )
+            many = f"{int(state.rejected)} steps in a row up to step {step} were not finite"
+            samples = f"the samples are listed in {self.out / 'health' / 'nonfinite.jsonl'}"
+            do = f"Lower the learning rate or use precision=fp32; {samples}, the log is {self.out / 'train.log'}"
+            raise RunError(f"{many}, after {rollbacks} roll-back(s). {do}")
         with suppress(RunError):  # then the one before it is the last good one
             self.writer.wait()
         path, _ = find_checkpoint(self.out, self.ranks)

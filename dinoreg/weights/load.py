@@ -218,10 +218,8 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):
-        raise UserError(
-            f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
-            "registers are only grafted onto a backbone that has none"
-        )
+        differ = f"num_registers is {a['num_registers']}, {whose} {b['num_registers']}"
+        raise UserError(f"weights {path}: {differ}; registers are only grafted onto a backbone that has none")
 
 
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:

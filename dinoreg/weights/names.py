@@ -34,9 +34,9 @@ def not_there(source: str | Path) -> UserError:
         fetch = "nothing is downloaded: fetch the weights and give their path"
         return UserError(f"weights {text!r}: no such file or run folder; {fetch}{hint}")
     fetch = f"fetch {published} and give its path" if published else "no weights are published under it"
+    fetch += f", or weights={RANDOM}{text.removeprefix('timm/')} for random weights"
     return UserError(
-        f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}, "
-        f"or weights={RANDOM}{text.removeprefix('timm/')} for random weights"
+        f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}"
     )
 
 
