@@ -62,7 +62,11 @@ class Source:
                 self.given = f"{self.run.resolve().name}/{self.path.parent.name}/{self.path.name}"
         self.preprocessing = Preprocessing.of_model(self.model, self.path)
         if size is not None:
-            self.preprocessing = self.preprocessing.at(checked_size(size, self.model.patch_size))
+            for extent in (sides := as_pair(size, "size")):
+                if extent % self.model.patch_size:
+                    expected = multiples(extent, self.model.patch_size)
+                    raise UserError(f"size={size}: {extent}, expected {expected}")
+            self.preprocessing = self.preprocessing.at(sides)
             self.model = resized(self.model, self.preprocessing.size)
         kinds = {"step": int, "config_hash": str, "test_time": str}
         self.origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
@@ -73,15 +77,6 @@ class Source:
         other = copy.copy(self)
         other.model, other.origin = model, self.origin | origin
         return other
-
-
-def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels; UserError unless they are positive multiples of the patch size."""
-    height, width = as_pair(size, "size")
-    for extent in (height, width):
-        if extent % patch_size:
-            raise UserError(f"size={size}: {extent}, expected {multiples(extent, patch_size)}")
-    return height, width
 
 
 def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:

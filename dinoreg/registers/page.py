@@ -38,11 +38,7 @@ DISCOVERY |= {"whole_image_box": score}
 
 
 def write_registers(
-    measured: Sequence[Measured],
-    images: np.ndarray,
-    out: Path,
-    skipped: Sequence[tuple[str, str]] = (),
-    channels: str = "",
+    measured: Sequence[Measured], images: np.ndarray, out: Path, skipped: Sequence[tuple[str, str]], channels: str
 ) -> Path:
     """Write `OUT/registers.html`, and its pictures and `view.json` in `OUT/registers/`; returns the page's path.
 

@@ -152,20 +152,13 @@ def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[in
 
 def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[dict[int, Tensor], list[tuple[str, str]]]:
     """{index: crop (C, H, W)} of evenly spaced images, `num` at most, and (name, reason) of unreadable ones."""
-    crops, skipped = {}, []
-    for index in evenly_spaced(len(source), num):
+    crops, skipped, total = {}, [], len(source)
+    for index in range(total) if total <= num else [total * (2 * each + 1) // (2 * num) for each in range(num)]:
         try:
             crops[index] = preprocessing.crop(source.decode(index, len(preprocessing.mean)))
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))
     return crops, skipped
-
-
-def evenly_spaced(total: int, count: int) -> Sequence[int]:
-    """`count` of the indices below `total`, ascending at equal distances, or all of them where there are no more."""
-    if total <= count:
-        return range(total)
-    return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
 def run_source(subject: Opened) -> Source:
