@@ -60,7 +60,9 @@ setup(
     packages=find_packages(include=["dinoreg", "dinoreg.*"]),
     package_data={"": ["templates/*", "py.typed"]},
     install_requires=requirements("core"),
-    extras_require={extra: requirements(extra) for extra in ("eval", "data", "export", "log", "docs", "all", "test")},
+    extras_require={
+        extra: requirements(extra) for extra in ("eval", "data", "remote", "export", "log", "docs", "all", "test")
+    },
     entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:entry"]},
     cmdclass={"build_py": BuildWithDeclarations},
     classifiers=[

@@ -43,12 +43,12 @@ def memory(key: str) -> float:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[float]]:
-    """The process's own memory in GiB, five times a second while the body runs."""
+def watched(period: float = 0.2) -> Iterator[list[float]]:
+    """The process's own memory in GiB, every `period` seconds while the body runs."""
     seen, done = [memory("RssAnon")], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.2):
+        while not done.wait(period):
             seen.append(memory("RssAnon"))
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -88,9 +88,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     from dinoreg.evaluation.context import Context
     from dinoreg.evaluation.data import Data, Labelled
     from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
-    from dinoreg.evaluation.protocols import classification as shared
-    from dinoreg.evaluation.protocols import knn as neighbours
-    from dinoreg.evaluation.protocols import linear, logistic
+    from dinoreg.evaluation.protocols import classification, linear
     from dinoreg.evaluation.protocols.measurement import Measurement
     from dinoreg.models.vit import RegisterViT
     from dinoreg.runtime.progress import show_progress
@@ -109,7 +107,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
         name = next(name for name, split in splits.items() if split.source is source)
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    for module in (shared, linear):
+    for module in (classification, linear):
         module.extract_features = stored  # type: ignore[attr-defined]
     encoder = wrap(RegisterViT(image_size=16, patch_size=8, dim=64, depth=1, heads=1))
     context = Context(folder, folder / "state", None, 0, 16, 64, 0, 0, progress=show_progress)
@@ -118,11 +116,11 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
         logistic=LogisticOptions(min_c=1e-5, max_c=1e-1, num_c=5),
         linear=LinearOptions(lrs=(1e-2, 1e-1), blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=200, augment=False),
     )
-    evaluated = {"logistic": logistic, "knn": neighbours, "linear": linear}[protocol]
+    evaluate = {"logistic": classification.logistic, "knn": classification.knn, "linear": linear.evaluate}[protocol]
     task = Task(protocol, lambda *_: Data({}), "top-1")
     started = time.perf_counter()
     with watched() as own:
-        rows = evaluated.evaluate(Measurement(encoder, Data(splits), task, chosen, context))
+        rows = evaluate(Measurement(encoder, Data(splits), task, chosen, context))
     return {
         "seconds": time.perf_counter() - started,
         "top-1": rows[0].value,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoreg.commands.curate import curate
     from dinoreg.commands.embed import embed
     from dinoreg.commands.evaluate import evaluate
     from dinoreg.commands.export import export
@@ -37,12 +38,14 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["embed", "inspect", "plan", "registers", "runs", "select_channels", "transform", "verdict", "view"]
+__all__ += ["curate", "embed", "inspect", "plan", "registers", "runs", "select_channels"]
+__all__ += ["transform", "verdict", "view"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
+    "curate": "dinoreg.commands.curate",
     "embed": "dinoreg.commands.embed",
     "evaluate": "dinoreg.commands.evaluate",
     "export": "dinoreg.commands.export",

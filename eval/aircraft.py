@@ -52,7 +52,6 @@ def read(folder: Path, options: Options) -> Data:
 
 
 FILES = ("images", "variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
-COUNTS = {"train": 3_334, "val": 3_333, "test": 3_333}
 PUBLISHED = (
     *fine_grained((74.0, 79.4, 81.5, 87.2), 88.5, (87.3, 17.1, 79.1), BANNER_UNKNOWN),
     *single_tokens(f"{SIZE}, 0 registers", (84.6, 15.5, 73.3), BANNER_UNKNOWN, TABLE_4),
@@ -65,7 +64,7 @@ BENCHMARK = Benchmark(
     classes=100,
     folders=("fgvc-aircraft-2013b", "fgvc-aircraft", "aircraft"),
     layouts=(needs(ARCHIVE, *(f"data/{path}" for path in FILES)), needs(ARCHIVE, *FILES)),
-    tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
+    tasks=classification_tasks(read, "mean per class", {"train": 3_334, "val": 3_333, "test": 3_333}, PUBLISHED),
     licence="non-commercial research only",
     options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},
     aliases=("fgvc-aircraft", "fgvc_aircraft"),

@@ -55,7 +55,6 @@ def _rows(path: Path, archive: str, *fields: str) -> list[tuple[str, ...]]:
     return [tuple(str(record[field].item()) for field in fields) for record in records]
 
 
-COUNTS = {"train": 8_144, "test": 8_041}
 PUBLISHED = fine_grained((81.6, 88.2, 90.1, 91.4), 94.6, (91.5, 10.8, 85.2))
 
 BENCHMARK = Benchmark(
@@ -72,7 +71,7 @@ BENCHMARK = Benchmark(
         ),
         (Need(COMBINED, f"{COMBINED}, a file of its own"), Need("car_ims", "car_ims.tgz")),
     ),
-    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=1_650),
+    tasks=classification_tasks(read, "top-1", {"train": 8_144, "test": 8_041}, PUBLISHED, validation_images=1_650),
     download=f"cars_train.tgz, cars_test.tgz, {DEVKIT}, {TEST_LABELS}; or car_ims.tgz, {COMBINED}",
     licence="research use implied; the original host is gone",
     aliases=("stanford_cars", "stanford-cars"),

@@ -16,7 +16,6 @@ TEST = ("test_batch",)
 META = "batches.meta"
 READ = cifar_reader(NAME, ARCHIVE, {"train": TRAIN, "test": TEST}, META, "label_names", "labels")
 
-COUNTS = {"train": 50_000, "test": 10_000}
 PUBLISHED = fine_grained((97.7, 98.7, 99.3, 99.5), 99.5, (99.4, 97.1, 99.3))
 
 BENCHMARK = Benchmark(
@@ -25,7 +24,7 @@ BENCHMARK = Benchmark(
     classes=10,
     folders=("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar-10", "cifar10"),
     layouts=(needs(ARCHIVE, *TRAIN, *TEST, META),),
-    tasks=classification_tasks(READ, "top-1", COUNTS, PUBLISHED, validation_images=5_000),
+    tasks=classification_tasks(READ, "top-1", {"train": 50_000, "test": 10_000}, PUBLISHED, validation_images=5_000),
     licence="no licence text found",
     aliases=("cifar-10",),
 )

@@ -13,7 +13,6 @@ from dinoreg.evaluation.readers.cifar import cifar_reader
 NAME, ARCHIVE = "cifar100", "cifar-100-python.tar.gz"
 READ = cifar_reader(NAME, ARCHIVE, {"train": ("train",), "test": ("test",)}, "meta", "fine_label_names", "fine_labels")
 
-COUNTS = {"train": 50_000, "test": 10_000}
 PUBLISHED = fine_grained((87.5, 91.3, 93.4, 94.4), 94.5, (94.5, 81.3, 93.7))
 
 BENCHMARK = Benchmark(
@@ -22,7 +21,7 @@ BENCHMARK = Benchmark(
     classes=100,
     folders=("cifar-100-python", "cifar100/cifar-100-python", "cifar-100", "cifar100"),
     layouts=(needs(ARCHIVE, "train", "test", "meta"),),
-    tasks=classification_tasks(READ, "top-1", COUNTS, PUBLISHED, validation_images=5_067),
+    tasks=classification_tasks(READ, "top-1", {"train": 50_000, "test": 10_000}, PUBLISHED, validation_images=5_067),
     licence="no licence text found",
     aliases=("cifar-100",),
 )

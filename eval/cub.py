@@ -46,7 +46,6 @@ def _by_id(path: Path) -> dict[int, str]:
     return {int(number): rest for number, rest in rows}
 
 
-COUNTS = {"train": 5_994, "test": 5_794}
 PUBLISHED = fine_grained((88.1, 89.6, 90.5, 91.6), 91.6, (91.3, 18.6, 84.9))
 
 BENCHMARK = Benchmark(
@@ -55,7 +54,7 @@ BENCHMARK = Benchmark(
     classes=200,
     folders=("CUB_200_2011", "cub", "cub200"),
     layouts=(needs(ARCHIVE, "images", IMAGES, LABELS, SPLIT, CLASSES),),
-    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
+    tasks=classification_tasks(read, "top-1", {"train": 5_994, "test": 5_794}, PUBLISHED),
     licence="image copyrights vary; no licence text found",
     aliases=("cub200", "cub-200-2011", "cub_200_2011"),
 )

@@ -34,7 +34,6 @@ def read(folder: Path, options: Options) -> Data:
     return Data(splits, names, variant=f"split {partition}")
 
 
-COUNTS = {"train": 1_880, "val": 1_880, "test": 1_880}
 PUBLISHED = fine_grained((80.6, 83.3, 84.0, 84.5), 86.8, (85.2, 63.1, 84.9))
 
 BENCHMARK = Benchmark(
@@ -43,7 +42,7 @@ BENCHMARK = Benchmark(
     classes=47,
     folders=("dtd/dtd", "dtd", "dtd-r1.0.1/dtd"),
     layouts=(needs(ARCHIVE, "images", *(f"labels/{split}1.txt" for split in SPLITS)),),
-    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
+    tasks=classification_tasks(read, "top-1", {"train": 1_880, "val": 1_880, "test": 1_880}, PUBLISHED),
     licence="research use; no licence text found",
     options={"split": option(1, "which of the ten official splits", low=1, high=10)},
     aliases=("textures",),

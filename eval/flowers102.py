@@ -32,7 +32,6 @@ def read(folder: Path, options: Options) -> Data:
     return Data(splits)
 
 
-COUNTS = {"train": 1_020, "val": 1_020, "test": 6_149}
 PUBLISHED = fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6))
 
 BENCHMARK = Benchmark(
@@ -41,7 +40,7 @@ BENCHMARK = Benchmark(
     classes=NUM_CLASSES,
     folders=("flowers-102", "flowers102", "oxford-flowers-102"),
     layouts=((*needs(ARCHIVE, "jpg"), *(Need(file, f"{file}, a file of its own") for file in (LABELS, SETS))),),
-    tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
+    tasks=classification_tasks(read, "mean per class", {"train": 1_020, "val": 1_020, "test": 6_149}, PUBLISHED),
     download="102flowers.tgz, imagelabels.mat, setid.mat",
     licence="research use; no licence text found",
     aliases=("flowers", "flowers-102", "oxford-flowers"),

@@ -40,7 +40,6 @@ def _rows(meta: Path, split: str) -> list[tuple[str, str]]:
     return [(name, f"{row}.jpg") for name, row in entries]
 
 
-COUNTS = {"train": 75_750, "test": 25_250}
 PUBLISHED = fine_grained((89.1, 92.8, 94.3, 94.7), 95.6, (94.7, 74.2, 93.5))
 
 BENCHMARK = Benchmark(
@@ -49,7 +48,7 @@ BENCHMARK = Benchmark(
     classes=101,
     folders=("food-101", "food101", "Food-101"),
     layouts=tuple(needs(ARCHIVE, "images", f"meta/train.{kind}", f"meta/test.{kind}") for kind in ("json", "txt")),
-    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=7_575),
+    tasks=classification_tasks(read, "top-1", {"train": 75_750, "test": 25_250}, PUBLISHED, validation_images=7_575),
     licence="research use; photographs from Foodspotting; no licence text found",
     aliases=("food-101", "food"),
 )

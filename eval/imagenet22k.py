@@ -1,7 +1,7 @@
 """ImageNet-22k (fall 2011; Deng et al., CVPR 2009): 21,841 WordNet nodes, about 14.2 million images, for pretraining.
 
-One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (with `extra/entries.npy` or
-`blocks/*.log`, or with neither: the archives are then indexed here, once), or one folder per class. There is no
+One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (with
+`extra/entries.npy`, or without: the archives are then indexed here, once), or one folder per class. There is no
 official validation split: the probe holds some images of each class out, chosen by a hash of their names, so that
 every copy and layout holds out the same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images
 included; no published number exists for this probe.

@@ -44,7 +44,6 @@ def _half(folder: Path, file: str, names: list[str]) -> Labelled:
     return labelled(folder, [(name, image) for image, name in rows], names, path, NAME)
 
 
-COUNTS = {"train": 19_850, "test": 19_850}
 PUBLISHED = fine_grained(
     (74.4, 77.3, 78.7, 78.7), 78.9, (78.6, 37.7, 78.5), "DINOv2's data drew on this training split"
 )
@@ -62,7 +61,7 @@ BENCHMARK = Benchmark(
         )
         for place in PLACES
     ),
-    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=3_970),
+    tasks=classification_tasks(read, "top-1", {"train": 19_850, "test": 19_850}, PUBLISHED, validation_images=3_970),
     download="SUN397.tar.gz and Partitions.zip (inside SUN397/ or beside it)",
     licence="research use; no licence text found",
     options={"split": option(1, "which of the ten official splits", low=1, high=10)},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import tifffile
 import torch
 from PIL import Image
@@ -53,6 +56,7 @@ def own_pictures(root: Path) -> None:
         planes = np.stack([np.roll(scene.image[..., 1], shift, 0).astype(np.uint16) * 16 for shift in range(5)])
         tifffile.imwrite(root / "cells" / f"{index:02}.tif", planes, photometric="minisblack")
     save(root / "photos", "a.jpg", scenes[0].image)
+    shards(root, root / "photos")
     for index in range(40, 50):
         save(root / "scans", f"{index}.png", render(index, SIDE).image)
     rows = labelled(root / "labelled", 100, 14)
@@ -63,6 +67,22 @@ def own_pictures(root: Path) -> None:
     for index in range(40):
         save(root / "train_images", f"id{index}.png", scenes[index].image)
     table(root / "train.csv", ("id_code", "diagnosis"), [(f"id{index}", str(index % 3)) for index in range(40)])
+
+
+def shards(root: Path, photos: Path) -> None:
+    """The same photographs in tars with their classes beside them, and in parquet files."""
+    files = sorted(photos.glob("[0-9]*.jpg"))
+    for number, part in enumerate((files[:20], files[20:])):
+        for folder in ("shards", "tables"):
+            (root / folder).mkdir(exist_ok=True)
+        with tarfile.open(root / "shards" / f"photos-{number:03}.tar", "w") as archive:
+            for index, file in enumerate(part):
+                archive.add(file, file.name)
+                member = tarfile.TarInfo(f"{file.stem}.cls")
+                member.size = 1
+                archive.addfile(member, io.BytesIO(str(index % 2).encode()))
+        cells = [{"bytes": file.read_bytes(), "path": file.name} for file in part]
+        pyarrow.parquet.write_table(pyarrow.table({"image": cells}), root / "tables" / f"{number}.parquet")
 
 
 def public_weights(folder: Path) -> None:

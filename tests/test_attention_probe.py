@@ -20,8 +20,8 @@ from dinoreg.evaluation.backbones.encoder import NativeEncoder, PixelEncoder
 from dinoreg.evaluation.benchmark import Task, find_benchmark
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import AttentionOptions, EvalOptions, LinearOptions
-from dinoreg.evaluation.protocols import attention, linear
-from dinoreg.evaluation.protocols.attention import AttentionGrid, AttentionHead, Encoded
+from dinoreg.evaluation.protocols import linear
+from dinoreg.evaluation.protocols.linear import AttentionGrid, AttentionHead, Encoded
 from dinoreg.evaluation.protocols.measurement import Measurement
 
 TASK = Task("attention", lambda folder, options: Data({}), "top-1")
@@ -82,7 +82,7 @@ def test_it_is_the_multi_head_attention_of_pytorch() -> None:
 
 def test_patches_tell_what_the_class_token_does_not(tmp_path: Path) -> None:
     found = data(tmp_path)
-    rows = attention.evaluate(measured(found, tmp_path / "own"))
+    rows = linear.attention(measured(found, tmp_path / "own"))
     assert [row.metric for row in rows] == ["top-1", "mean per class"]
     assert rows[0].value > 0.8
     assert "that no head was trained on" in rows[0].chosen_on
@@ -99,16 +99,16 @@ def test_patches_tell_what_the_class_token_does_not(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_shuffled_classes_nothing_is_found(tmp_path: Path) -> None:
-    lost = attention.evaluate(measured(data(tmp_path, shuffled=True), tmp_path))
+    lost = linear.attention(measured(data(tmp_path, shuffled=True), tmp_path))
     assert lost[0].value < 0.55
 
 
 def test_tokens_that_are_not_kept_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = data(tmp_path, train=18, test=9)
     quick = {"epochs": 1, "epoch_steps": 4}
-    kept = attention.evaluate(measured(found, tmp_path / "kept", **quick))
-    monkeypatch.setattr(attention, "IN_MEMORY", 0)
-    streamed = attention.evaluate(measured(found, tmp_path / "streamed", **quick))
+    kept = linear.attention(measured(found, tmp_path / "kept", **quick))
+    monkeypatch.setattr(linear, "KEPT_TOKENS", 0)
+    streamed = linear.attention(measured(found, tmp_path / "streamed", **quick))
     assert streamed[0].settings == kept[0].settings
     probe = measured(found, tmp_path)
     grid = AttentionGrid(probe.encoder, found.splits["train"], np.arange(18), probe.options.attention, probe.context)
@@ -127,9 +127,9 @@ def test_tokens_that_are_not_kept_are_the_same(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_random_crops_and_pixels_go_through_as_well(tmp_path: Path) -> None:
     found = data(tmp_path, train=18, test=9)
-    rows = attention.evaluate(measured(found, tmp_path / "crops", augment=True, epochs=1, epoch_steps=2))
+    rows = linear.attention(measured(found, tmp_path / "crops", augment=True, epochs=1, epoch_steps=2))
     assert rows[0].settings["augment"] is True
-    pixels = attention.evaluate(measured(found, tmp_path / "pixels", PixelEncoder(8, (32, 32)), epochs=1))
+    pixels = linear.attention(measured(found, tmp_path / "pixels", PixelEncoder(8, (32, 32)), epochs=1))
     assert pixels[0].n_test == 9
 
 
@@ -137,7 +137,7 @@ def test_random_crops_and_pixels_go_through_as_well(tmp_path: Path) -> None:
 def test_a_probe_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     found = data(tmp_path, train=18, test=9)
-    whole, broken = attention.evaluate(measured(found, tmp_path / "whole"))[0], measured(found, tmp_path / "broken")
+    whole, broken = linear.attention(measured(found, tmp_path / "whole"))[0], measured(found, tmp_path / "broken")
 
     def stopping(items: Any, _total: int, what: str) -> Any:
         for number, item in enumerate(items):
@@ -147,8 +147,8 @@ def test_a_probe_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monke
 
     broken.context.progress = stopping
     with pytest.raises(KeyboardInterrupt):
-        attention.evaluate(broken)
-    assert attention.evaluate(measured(found, tmp_path / "broken"))[0].settings == whole.settings
+        linear.attention(broken)
+    assert linear.attention(measured(found, tmp_path / "broken"))[0].settings == whole.settings
 
 
 def test_it_is_declared_as_asked_for() -> None:

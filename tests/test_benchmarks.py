@@ -188,6 +188,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("features", {"dinoreg", "timm", "transformers"}),
         ("end_to_end", {"as asked"}),
         ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
+        ("entries", {f"{kind}, {when}" for kind in ("list", "tar", "parquet") for when in ("first", "again")}),
         ("large", {"logistic", "knn", "linear"}),
         ("scaling", {"variants"}),
         ("stages", {"rows"}),

@@ -184,7 +184,7 @@ def test_a_benchmark_is_refused_to_many_channels_and_grey_for_one(
 
 def test_a_mask_turns_with_its_picture(tmp_path: Path) -> None:
     from dinoreg.evaluation.custom.datasets import own_benchmark
-    from dinoreg.evaluation.dense.segmentation_head import read_pair
+    from dinoreg.evaluation.protocols.segmentation import read_pair
 
     upright = np.zeros((16, 24), np.uint8)
     upright[2:6, 3:20] = 1

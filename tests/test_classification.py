@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,7 @@ from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.features.images import read_picture
 from dinoreg.evaluation.metrics.bootstrap import mean_per_class_accuracy
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
-from dinoreg.evaluation.protocols import knn as neighbours
-from dinoreg.evaluation.protocols import linear
-from dinoreg.evaluation.protocols import logistic as classification
+from dinoreg.evaluation.protocols import classification, linear
 from dinoreg.evaluation.protocols.classification import MOST_CLASSES, accuracy_row, class_tables, class_tokens
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.solvers.train_heads import cosine
@@ -56,12 +55,12 @@ def data(folder: Path, shuffled: bool = False, val: bool = False) -> Data:
     return Data(splits, ("red", "green", "blue"))
 
 
-@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
-def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [classification.logistic, classification.knn, linear.evaluate])
+def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: Callable, tmp_path: Path) -> None:
     for shuffled in (False, True):
         folder = tmp_path / str(shuffled)
         folder.mkdir()
-        rows = protocol.evaluate(Measurement(small_encoder(), data(folder, shuffled), TASK, OPTIONS, context(folder)))  # type: ignore[attr-defined]
+        rows = protocol(Measurement(small_encoder(), data(folder, shuffled), TASK, OPTIONS, context(folder)))
         top = rows[0]
         assert top.metric == "top-1"
         assert 0.0 <= top.low <= top.value <= top.high <= 1.0
@@ -70,19 +69,19 @@ def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: object
         assert top.value >= 0.9 if not shuffled else top.value <= 0.6
 
 
-@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
-def test_pixels_go_through_every_protocol(protocol: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [classification.logistic, classification.knn, linear.evaluate])
+def test_pixels_go_through_every_protocol(protocol: Callable, tmp_path: Path) -> None:
     encoder = PixelEncoder(8, (32, 32))
-    rows = protocol.evaluate(Measurement(encoder, data(tmp_path), TASK, OPTIONS, context(tmp_path)))  # type: ignore[attr-defined]
+    rows = protocol(Measurement(encoder, data(tmp_path), TASK, OPTIONS, context(tmp_path)))
     assert rows[0].value >= 0.6
 
 
-@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
-def test_the_same_weights_native_or_in_timm_score_the_same(protocol: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [classification.logistic, classification.knn, linear.evaluate])
+def test_the_same_weights_native_or_in_timm_score_the_same(protocol: Callable, tmp_path: Path) -> None:
     native = RegisterViT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_registers=4, layerscale=1.0)
     found = data(tmp_path)
     ours, theirs = (
-        protocol.evaluate(Measurement(wrap(model), found, TASK, OPTIONS, context(tmp_path)))  # type: ignore[attr-defined]
+        protocol(Measurement(wrap(model), found, TASK, OPTIONS, context(tmp_path)))
         for model in (native.eval(), timm_model(native))
     )
     assert [row.value for row in ours] == [row.value for row in theirs]
@@ -92,7 +91,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
     found, encoder, where = data(tmp_path, val=True), small_encoder(), context(tmp_path)
     task = Task("logistic", TASK.read, "mean per class")
     measured = Measurement(encoder, found, task, OPTIONS, where)
-    macro, micro = classification.evaluate(measured)
+    macro, micro = classification.logistic(measured)
     assert (macro.metric, micro.metric) == ("mean per class", "top-1")
     assert macro.chosen_on == "the official validation split"
     assert macro.n_train == 60
@@ -109,7 +108,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
 
 
 def test_knn_reports_every_k_with_20_in_front(tmp_path: Path) -> None:
-    rows = neighbours.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, context(tmp_path)))
+    rows = classification.knn(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, context(tmp_path)))
     assert [row.variant for row in rows] == ["k = 20", "k = 1", "k = 5"]
 
 
@@ -194,8 +193,8 @@ def test_random_resized_crops_have_torchvisions_distribution_of_sizes(monkeypatc
 
 def test_examples_are_drawn_where_they_are_wanted(tmp_path: Path) -> None:
     where = context(tmp_path, examples=True)
-    classification.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
-    neighbours.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
+    classification.logistic(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
+    classification.knn(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
     assert len(list((tmp_path / "examples").glob("logistic_*.png"))) == 4
     assert len(list((tmp_path / "examples").glob("knn_*.png"))) == 4
 
@@ -204,7 +203,7 @@ def test_wrong_options_and_missing_splits_are_one_line(tmp_path: Path) -> None:
     found = data(tmp_path)
     where = context(tmp_path)
     with pytest.raises(UserError, match=r"logistic\.token=cl: expected cls or cls\+mean"):
-        classification.evaluate(
+        classification.logistic(
             Measurement(small_encoder(), found, TASK, EvalOptions(logistic=LogisticOptions(token="cl")), where)
         )
     with pytest.raises(UserError, match=r"linear\.choose_on=val: expected test or train"):
@@ -212,11 +211,11 @@ def test_wrong_options_and_missing_splits_are_one_line(tmp_path: Path) -> None:
             Measurement(small_encoder(), found, TASK, EvalOptions(linear=LinearOptions(choose_on="val")), where)
         )
     with pytest.raises(UserError, match="the test split is missing"):
-        classification.evaluate(
+        classification.logistic(
             Measurement(small_encoder(), Data({"train": found.splits["train"]}), TASK, OPTIONS, where)
         )
     with pytest.raises(UserError, match="metric 'mIoU': classification has"):
-        classification.evaluate(
+        classification.logistic(
             Measurement(wrap(small_vit()), found, Task("logistic", TASK.read, "mIoU"), OPTIONS, where)
         )
     with pytest.raises(UserError, match=r"train_002.png: label 3 is out of range, expected 0..2"):

@@ -9,8 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from dinoreg.evaluation.comparison import compare, compared
-from dinoreg.evaluation.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_statistic
-from dinoreg.evaluation.protocols.classification import draws_interval
+from dinoreg.evaluation.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_statistic, draws_interval
 from dinoreg.evaluation.result import Row
 
 

@@ -92,7 +92,7 @@ def test_the_hold_out_follows_its_seed_and_share(tmp_path: Path) -> None:
     assert "own.test_share=1.5: expected a share between 0 and 1" in refusal(folder, test_share=1.5)
 
 
-def test_every_class_with_two_images_is_in_both_parts_and_a_lone_image_is_learnt_from() -> None:
+def test_every_class_with_two_images_is_in_both_parts_and_a_lone_image_is_mean_count() -> None:
     groups = np.array([0] * 7 + [1] * 2 + [2] + [3] * 40)
     held = hold_out(groups, 0.2, seed=3)
     assert [int(held[groups == group].sum()) for group in range(4)] == [1, 1, 0, 8]

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import colorsys
 import threading
-import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import context
 
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.dense import windows as dense
-from dinoreg.evaluation.dense.segmentation_head import photometric_distortion, scale_saturation, turn_hue
 from dinoreg.evaluation.dense.windows import (
     Windows,
     bilinear_matrix,
     centre_pad,
     centre_padding,
-    crop_origin,
     fit_size,
-    pad_to,
     patch_grid,
     shuffled,
-    training_stream,
+    training_batches,
     window_starts,
 )
 from dinoreg.evaluation.features.cache import require_finite
+from dinoreg.evaluation.protocols.segmentation import (
+    crop_origin,
+    pad_to,
+    photometric_distortion,
+    scale_saturation,
+    turn_hue,
+)
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 
@@ -198,28 +204,28 @@ class TestStream:
         assert passes[0] != [shuffled(place, 7, seed=4) for place in range(7)]
 
     @pytest.mark.parametrize("workers", [0, 3])
-    def test_a_step_has_the_same_samples_wherever_the_training_begins(self, workers: int) -> None:
+    def test_a_step_has_the_same_samples_wherever_the_training_begins(self, workers: int, tmp_path: Path) -> None:
         def load(index: int, rng: np.random.Generator) -> tuple[int, float]:
             return index, float(rng.random())
 
-        with training_stream(load, 5, 4, 6, seed=0, workers=0) as whole:
-            expected = [whole(step) for step in range(6)]
-        with training_stream(load, 5, 4, 6, seed=0, workers=workers) as later:
-            assert [later(step) for step in (3, 4, 5)] == expected[3:]
-            assert later(1) == expected[1]
+        expected = list(training_batches(load, 5, 4, 6, context(tmp_path))(0))
+        assert len(expected) == 6
+        batches = training_batches(load, 5, 4, 6, replace(context(tmp_path), workers=workers))
+        assert list(batches(3)) == expected[3:]
+        assert next(batches(1)) == expected[1]
         values = [value for step in expected for _, (_, value) in step]
         assert len(set(values)) == len(values)
 
-    def test_leaving_ends_the_threads(self) -> None:
-
-        before = threading.active_count()
-        with training_stream(lambda index, rng: index, 50, 2, 20, seed=0, workers=3) as stream:
-            stream(0)
-            assert threading.active_count() > before
-        until = time.monotonic() + 20  # nobody waits for what a thread has in hand
-        while threading.active_count() > before and time.monotonic() < until:
-            time.sleep(0.01)
-        assert threading.active_count() == before
+    def test_leaving_ends_the_threads(self, tmp_path: Path) -> None:
+        before = set(threading.enumerate())
+        batches = training_batches(lambda index, rng: index, 50, 2, 20, replace(context(tmp_path), workers=3))(0)
+        next(batches)
+        started = set(threading.enumerate()) - before
+        assert started
+        del batches
+        for thread in started:  # nobody waits for what a thread has in hand
+            thread.join(20)
+        assert not started & set(threading.enumerate())
 
     def test_its_random_numbers_are_apart_from_the_order(self) -> None:
         assert dense.ORDER_STREAM != dense.SAMPLE_STREAM

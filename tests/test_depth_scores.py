@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinoreg.evaluation.metrics.depth import (
-    SCORES,
-    depth_scores,
-    gradient_loss,
-    mean_scores,
-    scale_invariant_loss,
-    scaled_crop,
-    valid_pixels,
-)
+from dinoreg.evaluation.metrics.depth import SCORES, depth_scores, mean_scores, scaled_crop, valid_pixels
+from dinoreg.evaluation.protocols.depth import gradient_loss, scale_invariant_loss
 
 EIGEN = ((45, 471, 41, 601), (480, 640))
 

@@ -15,12 +15,16 @@ from torchvision.ops import box_iou, generalized_box_iou
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.dense import box_probe
-from dinoreg.evaluation.dense.box_head import (
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
+from dinoreg.evaluation.options import DetectionOptions, EvalOptions
+from dinoreg.evaluation.protocols import detection
+from dinoreg.evaluation.protocols.detection import (
     BACKGROUND,
     IGNORED,
     Answers,
+    BoxProbe,
     LinearBoxHead,
+    Prepared,
     Targets,
     around,
     assign,
@@ -28,11 +32,10 @@ from dinoreg.evaluation.dense.box_head import (
     centre_ness,
     centres,
     detect,
+    evaluate,
+    prepare,
+    typical_reach,
 )
-from dinoreg.evaluation.dense.box_probe import BoxProbe, Prepared, prepare, typical_reach
-from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
-from dinoreg.evaluation.options import DetectionOptions, EvalOptions
-from dinoreg.evaluation.protocols.detection import evaluate
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
@@ -236,14 +239,14 @@ def test_an_images_boxes_do_not_depend_on_its_neighbours(tmp_path: Path) -> None
     split = coloured(7, seed=1)
     chosen = {"x": LinearBoxHead(32, 3).eval()}
     one_by_one = BoxProbe(encoder, dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path))
-    alone, alone_sizes = one_by_one.predict(chosen, split, np.arange(7), "boxes")
+    alone, alone_sizes = one_by_one.predict(chosen, split, "boxes")
     probe = BoxProbe(encoder, OPTIONS, context(tmp_path))
-    together, sizes = probe.predict(chosen, split, np.arange(7), "boxes")
+    together, sizes = probe.predict(chosen, split, "boxes")
     np.testing.assert_array_equal(alone["x"].image, together["x"].image)
     np.testing.assert_allclose(alone["x"].scores, together["x"].scores, atol=1e-5)
     expected = [each.shape[:2] for each in split.source.pixels]  # type: ignore[attr-defined]
     assert sizes.tolist() == alone_sizes.tolist() == [list(each) for each in expected]
-    some, _ = probe.predict(chosen, split, np.array([5, 2]), "boxes")
+    some, _ = probe.predict(chosen, split.chosen(np.array([5, 2])), "boxes")
     first = some["x"].boxes[some["x"].image == 0]
     np.testing.assert_allclose(first, together["x"].boxes[together["x"].image == 5], atol=1e-3)
 
@@ -329,23 +332,23 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
     train, test = coloured(10, seed=1), coloured(4, seed=2)
     unbroken = run(train, test, tmp_path / "a", steps=8, batch_size=4)
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
-    cosine = box_probe.cosine
+    cosine = detection.cosine
 
     def stops(step: int, steps: int, warmup: int = 0) -> float:
         if step == 5:
             raise KeyboardInterrupt
         return cosine(step, steps, warmup)
 
-    monkeypatch.setattr(box_probe, "cosine", stops)
+    monkeypatch.setattr(detection, "cosine", stops)
     with pytest.raises(KeyboardInterrupt):
         run(train, test, tmp_path / "b", steps=8, batch_size=4)
-    monkeypatch.setattr(box_probe, "cosine", cosine)
+    monkeypatch.setattr(detection, "cosine", cosine)
     resumed = run(train, test, tmp_path / "b", steps=8, batch_size=4)
     for one, other in zip(unbroken, resumed, strict=True):
         assert dataclasses.replace(one, hours=0) == dataclasses.replace(other, hours=0)
 
 
-def test_images_without_objects_and_crowds_are_learnt_from_without_harm(tmp_path: Path) -> None:
+def test_images_without_objects_and_crowds_are_mean_count_without_harm(tmp_path: Path) -> None:
     train, test = coloured(6, seed=1), coloured(4, seed=2)
     boxes, labels = list(train.boxes), list(train.labels)
     boxes[0], labels[0] = boxes[0][:0], labels[0][:0]

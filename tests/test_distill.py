@@ -24,7 +24,7 @@ from dinoreg.losses.distill import distill_loss, resample_tokens
 from dinoreg.models.vit import RegisterViT
 from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import describe
-from dinoreg.plan.memory import checkpoint_size, memory_of, operations_of
+from dinoreg.plan.memory import checkpoint_of, memory_of, operations_of
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.loop import pretrain
@@ -236,7 +236,7 @@ def test_two_processes_learn_what_one_does_and_can_be_resumed(first: Path, tmp_p
 # The plan
 
 
-def test_a_plan_counts_the_network_that_is_learnt_from(first: Path) -> None:
+def test_a_plan_counts_the_network_that_is_mean_count(first: Path) -> None:
     config = distilled(None, first)
     job = describe(config, 1, 1, find_device("h100"))
     operations, memory = operations_of(job), memory_of(job)
@@ -250,4 +250,4 @@ def test_a_plan_counts_the_network_that_is_learnt_from(first: Path) -> None:
     assert operations.teacher == 0
     parameters = sum(p.numel() for p in load(first).parameters())
     assert memory.moments[memory.peak]["tutor weights"] == 4 * parameters
-    assert checkpoint_size(job) == 16 * job.sizes.student + 2 * 4 * tutor.encoder.dim
+    assert checkpoint_of(job).size == 16 * job.sizes.student + 2 * 4 * tutor.encoder.dim

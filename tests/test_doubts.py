@@ -15,9 +15,8 @@ from PIL import Image
 
 from dinoreg.commands.main import main
 from dinoreg.data.source import ScenesSource
-from dinoreg.evaluation.comparison import compared, with_majority
+from dinoreg.evaluation.comparison import compared, doubts, with_majority
 from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.doubts import doubts
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.result import Result, Row
 

@@ -86,7 +86,7 @@ def test_the_same_command_again_measures_nothing(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("dinoreg.evaluation.protocols.logistic.evaluate", never)
+    monkeypatch.setattr("dinoreg.evaluation.protocols.classification.logistic", never)
     assert main(command) == 0
     assert record(tmp_path, "pets") == first
 
@@ -159,11 +159,10 @@ def test_two_folders_of_one_name_are_two_results(
 def test_an_evaluation_that_was_stopped_keeps_what_was_done(
     root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dinoreg.evaluation.protocols import knn as neighbours
-    from dinoreg.evaluation.protocols import logistic as classification
+    from dinoreg.evaluation.protocols import classification
 
     calls = []
-    inner = classification.evaluate
+    inner = classification.logistic
 
     def counted(*arguments: object) -> list[Row]:
         calls.append(arguments)
@@ -172,10 +171,10 @@ def test_an_evaluation_that_was_stopped_keeps_what_was_done(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(classification, "evaluate", counted)
+    monkeypatch.setattr(classification, "logistic", counted)
     command = ["eval", "pets", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]
     with monkeypatch.context() as patch:
-        patch.setattr(neighbours, "evaluate", stopped)
+        patch.setattr(classification, "knn", stopped)
         assert main(command) == 130
     assert len(calls) == 1
     assert not (tmp_path / "eval" / "0000000" / "pets.json").exists()
@@ -186,17 +185,17 @@ def test_an_evaluation_that_was_stopped_keeps_what_was_done(
 def test_one_broken_dataset_does_not_take_the_others_along(
     root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dinoreg.evaluation.protocols import logistic as classification
+    from dinoreg.evaluation.protocols import classification
     from dinoreg.runtime.errors import RunError
 
-    inner = classification.evaluate
+    inner = classification.logistic
 
     def half(measured: Measurement) -> list[Row]:
         if "food" in str(measured.data.splits["train"].source.root):
             raise RunError("the disk went away")
         return inner(measured)
 
-    monkeypatch.setattr(classification, "evaluate", half)
+    monkeypatch.setattr(classification, "logistic", half)
     assert main(["eval", "pets,food101", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]) == 1
     assert record(tmp_path, "pets")["value"] > 0.5
     assert "food101 failed: food101, logistic: the disk went away" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_what_shapes_the_numbers_is_in_the_key(folder: Path, tmp_path: Path) -> 
 def test_an_extraction_that_was_stopped_goes_on_where_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_ROWS", 3)
+    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_BYTES", 3 * 4 * 64)
     source = open_source(str(folder))
     place = where(tmp_path, batch_size=2)
     stopped = Counting(stop_at=7)
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_computed_anew_and_said(
     stop_at: int | None,
     damage: str,
 ) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_ROWS", 3)
+    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_BYTES", 3 * 4 * 64)
     source, place = open_source(str(folder)), where(tmp_path, batch_size=2)
     with contextlib.suppress(KeyboardInterrupt):
         extract_features(place, Counting(stop_at=stop_at).encoder, source, CROP)

@@ -18,11 +18,10 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_interval, mean_per_class_accuracy
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
-from dinoreg.evaluation.protocols import few_shot
-from dinoreg.evaluation.protocols import logistic as classification
-from dinoreg.evaluation.protocols.classification import draws_interval, equal_features
+from dinoreg.evaluation.protocols import classification, few_shot
+from dinoreg.evaluation.protocols.classification import equal_features
 from dinoreg.evaluation.protocols.few_shot import (
     FIXED_C,
     Setting,
@@ -41,6 +40,7 @@ from tests.miniatures import own
 TASK = Task(protocol="few_shot", read=lambda folder, options: Data({}), metric="top-1")
 PIXELS = PixelEncoder(14, (28, 28), side=6)
 FAST = EvalOptions(logistic=LogisticOptions(min_c=1e-4, max_c=1e4, num_c=5))
+CHOSEN = {"seed": 0, "device": torch.device("cpu"), "metric": "top-1"}
 QUICK = dataclasses.replace(FAST, few_shot=FewShotOptions(shots=(1, 5), shares=(1.0,), repeats=3))
 
 
@@ -128,7 +128,7 @@ def test_a_fit_on_few_labels_equals_scikit_learn_on_features_of_unit_spread() ->
     test, _ = planted(500, 3)
     train, spread = labels_only(labels.tolist(), 4), Spread(x)
     index = drawn(train, Setting(shots=5), 0)
-    found = score(x, train, index, test, spread, FAST.logistic, 0, torch.device("cpu"))
+    found = score(spread, train, index, test, FAST.logistic, **CHOSEN)
     scaled = [(rows.double() - spread.mean).numpy() / spread.power**0.5 for rows in (x[index], test)]
     theirs = linear_model.LogisticRegression(C=FIXED_C, tol=1e-10, max_iter=10_000).fit(scaled[0], labels[index])
     assert found["C"] == pytest.approx(FIXED_C / spread.power)
@@ -142,8 +142,7 @@ def test_scores_do_not_change_when_features_are_scaled_and_shifted() -> None:
     train = labels_only(labels.tolist(), 4)
     index = drawn(train, Setting(shots=5), 0)
     first, second = (
-        score(a, train, index, b, Spread(a), FAST.logistic, 0, torch.device("cpu"))
-        for a, b in ((x, test), (x * 64 + 7, test * 64 + 7))
+        score(Spread(a), train, index, b, FAST.logistic, **CHOSEN) for a, b in ((x, test), (x * 64 + 7, test * 64 + 7))
     )
     for key in ("logistic", "nearest"):
         assert (first[key] == second[key]).float().mean() >= 0.998
@@ -154,13 +153,13 @@ def test_more_labels_than_ten_a_class_choose_c_among_themselves_alone() -> None:
     test, _ = planted(100, 5)
     train, spread = labels_only(labels.tolist(), 4), Spread(x)
     index = drawn(train, Setting(share=0.2), 0)
-    first = score(x, train, index, test, spread, FAST.logistic, 0, torch.device("cpu"))
+    first = score(spread, train, index, test, FAST.logistic, **CHOSEN)
     assert len(first["path"]) >= 2
     assert first["C"] in [C for C, _ in first["path"]]
     others = np.setdiff1d(np.arange(400), index)
     wrong = labels.copy()
     wrong[others] = (wrong[others] + 1) % 4
-    second = score(x, labels_only(wrong.tolist(), 4), index, test, spread, FAST.logistic, 0, torch.device("cpu"))
+    second = score(spread, labels_only(wrong.tolist(), 4), index, test, FAST.logistic, **CHOSEN)
     assert torch.equal(first["logistic"], second["logistic"])
     assert torch.equal(first["nearest"], second["nearest"])
 
@@ -256,7 +255,7 @@ def test_all_the_labels_give_what_the_logistic_protocol_gives(tmp_path: Path) ->
             where,
         )
     )
-    full = classification.evaluate(Measurement(PIXELS, data, TASK, FAST, where))
+    full = classification.logistic(Measurement(PIXELS, data, TASK, FAST, where))
     assert few[0].value == full[0].value
     assert few[0].settings["C"] == [full[0].settings["C"]]
     assert 0.4 < few[0].value < 1
@@ -296,11 +295,11 @@ def test_an_interrupted_evaluation_keeps_the_draws_that_were_done(
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     calls = []
 
-    def until_stopped(*arguments: Any) -> dict[str, Any]:
+    def until_stopped(*arguments: Any, **given: Any) -> dict[str, Any]:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return score(*arguments)
+        return score(*arguments, **given)
 
     monkeypatch.setattr(few_shot, "score", until_stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -323,7 +322,7 @@ def test_mean_per_class_is_scored_where_the_task_says_so(tmp_path: Path) -> None
 
 def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     data = own_data(tmp_path, per_class=3)
-    with pytest.raises(UserError, match="metric 'mIoU': few-shot has top-1 and mean per class"):
+    with pytest.raises(UserError, match="metric 'mIoU': classification has top-1 and mean per class"):
         few_shot.evaluate(Measurement(PIXELS, data, dataclasses.replace(TASK, metric="mIoU"), FAST, context(tmp_path)))
     with pytest.raises(UserError, match="the train split is missing"):
         run(Data({"test": data.splits["test"]}), tmp_path)
@@ -339,7 +338,7 @@ def test_features_that_are_all_equal_are_measured_and_doubted_with_their_cause(t
     rich = Labelled(ArraySource(rng.integers(0, 256, (6, 28, 28, 3), dtype=np.uint8), "rich"), np.arange(6) % 2, 2)
     assert run(Data({"train": rich, "test": rich}), tmp_path / "rich")[0].warnings == ()
     features = torch.ones(6, 5) + 1e-8 * torch.randn(6, 5)
-    assert "rich:0 and rich:5 differ" in equal_features(rich.source, features, "training")[0]
+    assert "rich:0 and rich:5 differ" in equal_features(rich.source, features)[0]
 
 
 @pytest.mark.parametrize(("key", "value"), [("shots", (0,)), ("shares", (0.0,)), ("shares", (1.5,)), ("repeats", 0)])

@@ -79,7 +79,7 @@ for line in {QUICK}:
 
 @pytest.mark.slow
 def test_training_and_classification_do_without_torchvisions_models(tmp_path: Path) -> None:
-    modules = "train.loop commands.verdict commands.embed commands.registers evaluation.protocols.logistic"
+    modules = "train.loop commands.verdict commands.embed commands.registers evaluation.protocols.classification"
     names = [f"dinoreg.{name}" for name in modules.split()]
     code = f"import importlib, sys; [*map(importlib.import_module, {names})]; assert 'torchvision' not in sys.modules"
     in_a_new_process(code, tmp_path)

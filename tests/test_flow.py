@@ -19,7 +19,7 @@ from torch import Tensor
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.data import Data, FlowPairs
-from dinoreg.evaluation.dense import flow_frames, flow_matching
+from dinoreg.evaluation.dense import flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
 from dinoreg.evaluation.features import cache as feature_rows
@@ -255,7 +255,7 @@ def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(flow_frames, "FLUSH_FRAMES", 1)
+    monkeypatch.setattr(feature_rows, "FLUSH_BYTES", 1)
     data = read(root)
     options = EvalOptions(flow=replace(QUICK.flow, steps=4))
     whole = flow.evaluate(Measurement(tiny(14), data, TASK, options, context(tmp_path / "whole")))

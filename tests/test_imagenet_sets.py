@@ -14,9 +14,8 @@ from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions
-from dinoreg.evaluation.protocols import knn, linear
-from dinoreg.evaluation.protocols.classification import class_tokens, corruption_rows
-from dinoreg.evaluation.protocols.knn import RESIZE
+from dinoreg.evaluation.protocols import classification, linear
+from dinoreg.evaluation.protocols.classification import RESIZE, class_tokens, corruption_rows
 from dinoreg.evaluation.protocols.measurement import Measurement
 from tests.miniatures import imagenet1k, imagenet_c
 from tests.miniatures.pictures import pattern, save
@@ -90,13 +89,13 @@ def test_folders_of_v2_are_ranks_though_ten_sorts_before_two(tmp_path: Path) -> 
 def test_training_features_of_imagenet_are_not_extracted_again(tmp_path: Path) -> None:
     for name in ("imagenet_v2", "imagenet_a"):
         write(name, tmp_path)
-    for protocol, module in (("linear", linear), ("knn", knn)):
-        module.evaluate(measured("imagenet1k", read("imagenet1k", tmp_path), tmp_path, protocol))
+    for protocol, evaluate in (("linear", linear.evaluate), ("knn", classification.knn)):
+        evaluate(measured("imagenet1k", read("imagenet1k", tmp_path), tmp_path, protocol))
         for name in ("imagenet_v2", "imagenet_a"):
             found = measured(name, read(name, tmp_path), tmp_path, protocol)
             inner, seen = found.encoder._layers, list[int]()
             found.encoder._layers = lambda x, *rest, inner=inner, seen=seen: seen.append(len(x)) or inner(x, *rest)  # type: ignore[method-assign,func-returns-value,misc]
-            module.evaluate(found)
+            evaluate(found)
             assert sum(seen) == (len(found.data.splits["test"]) if protocol == "linear" else 0)
 
 
@@ -113,7 +112,7 @@ def test_an_answer_is_the_largest_logit_of_the_classes_that_there_are(tmp_path: 
         grid.start(features.shape[2])
         for kind in grid.maps:
             torch.nn.init.normal_(grid.maps[kind].weight, generator=torch.Generator().manual_seed(3))
-        _, said[split.among is None] = grid.scores(features, test.labels, "top-1")
+        _, said[split.among is None], _ = grid.scores(features, test.labels, "top-1")
     with torch.no_grad():
         logits = grid.logits(torch.from_numpy(np.array(features)))
     for kind, each in logits.items():
@@ -129,7 +128,7 @@ def test_only_training_images_of_the_classes_that_there_are_vote(tmp_path: Path)
     write("imagenet_a", tmp_path, per_class=8)
     data = read("imagenet_a", tmp_path)
     found = measured("imagenet_a", data, tmp_path)
-    row = knn.evaluate(found)[0]
+    row = classification.knn(found)[0]
     bank, queries = (
         class_tokens(found, data.splits[split].source, split, resize=RESIZE) for split in ("train", "test")
     )

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.evaluation.backbones.encoder import wrap
-from dinoreg.evaluation.label_efficiency import curve, labels_needed, shares
+from dinoreg.evaluation.comparison import curve, labels_needed, shares
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.plan.encoder_cost import encoder_cost

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dinoreg.evaluation.solvers.feature_matrix import Rows
-from dinoreg.evaluation.solvers.lbfgs import minimize
-from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SoftmaxProblem
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SoftmaxProblem, minimize
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
 
 

@@ -32,8 +32,8 @@ def test_the_best_candidate_is_chosen_where_the_scores_allow_and_the_words_say_w
     reported = {"a": 0.5, "b": 0.7, "c": 0.7}
     assert choose_best(reported) == ("b", REPORTED)
     assert choose_best(reported, {"a": 0.9, "b": 0.1, "c": float("nan")}) == ("a", OFFICIAL)
-    assert choose_best(reported, {"a": 0.9, "b": 0.1, "c": 0.2}, "a tenth", higher_is_better=False) == ("b", "a tenth")
-    assert choose_best({"a": 2.0, "b": float("nan")}, higher_is_better=False) == ("a", REPORTED)
+    assert choose_best(reported, {"a": -0.9, "b": -0.1, "c": -0.2}, "a tenth") == ("b", "a tenth")
+    assert choose_best({"a": -2.0, "b": float("nan")}) == ("a", REPORTED)
     assert choose_best({"only": float("nan")}) == ("only", "")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinoreg.commands.main import main
 from dinoreg.evaluation.custom.datasets import own_benchmark
-from dinoreg.evaluation.custom.depth_maps import _above
+from dinoreg.evaluation.custom.maps import _above
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.runtime.errors import UserError

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinoreg.commands.main import main
 from dinoreg.evaluation.custom.datasets import own_benchmark
-from dinoreg.evaluation.custom.masks import numbered
+from dinoreg.evaluation.custom.maps import numbered
 from dinoreg.evaluation.data import Data
 from dinoreg.runtime.errors import UserError
 from tests.encoders import small_vit

@@ -21,11 +21,18 @@ from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Segmented
-from dinoreg.evaluation.dense.segmentation_head import LinearHead, pixel_loss, training_crop, upsample
 from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
 from dinoreg.evaluation.protocols import segmentation
 from dinoreg.evaluation.protocols.measurement import Measurement
-from dinoreg.evaluation.protocols.segmentation import class_keys, evaluate, warmup
+from dinoreg.evaluation.protocols.segmentation import (
+    LinearHead,
+    class_keys,
+    evaluate,
+    pixel_loss,
+    training_crop,
+    upsample,
+    warmup,
+)
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError

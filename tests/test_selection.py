@@ -57,13 +57,12 @@ def test_the_heads_of_the_grid_are_scored_by_either_metric(tmp_path: Path, monke
     nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(1))
     rows = np.arange(1, 20)
     for metric, literal in (("top-1", top1), ("mean per class", mean_per_class_accuracy)):
-        found, said = grid.scores(features, labels, metric, rows)
+        found, said, losses = grid.scores(features, labels, metric, rows)
         for name in grid.names(grid.kinds[0]):
             assert found[name] == pytest.approx(literal(said[name], labels[rows]), abs=1e-12)
-    found = grid.mean_losses(features, labels, rows)
     for place, name in enumerate(grid.names(grid.kinds[0])):
         weight, bias = (each.unflatten(0, (2, 3))[place] for each in (linear.weight, linear.bias))
         logits = torch.from_numpy(features[rows, 0]) @ weight.T + bias
         assert said[name].tolist() == logits.argmax(dim=-1).tolist()
         literal = nn.functional.cross_entropy(logits, torch.from_numpy(labels[rows]))
-        assert found[name] == pytest.approx(literal.item(), rel=1e-5)
+        assert losses[name] == pytest.approx(literal.item(), rel=1e-5)

@@ -62,7 +62,7 @@ def test_several_folders_follow_one_another_and_are_weighted_by_size_or_as_asked
     plain, mixed = open_source(specs), open_source(specs, weights=[1, 3])
     assert [plain.read(i) for i in range(3)] == [b"x/a.jpg", b"x/b.jpg", b"y/c.jpg"]
     assert [group.length for group in plain.groups()] == [3]
-    assert [tuple(group) for group in mixed.groups()] == [(0, 2, 0.25), (2, 1, 0.75)]
+    assert [tuple(group) for group in mixed.groups()] == [(0, 2, 0.25, None), (2, 1, 0.75, None)]
     assert plain.fingerprint() != mixed.fingerprint()
     for weights, what in (([1], "1 numbers for 2"), ([1, 0], "positive"), ([1, float("nan")], "positive")):
         with pytest.raises(UserError, match=what):

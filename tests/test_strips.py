@@ -15,9 +15,10 @@ from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import open_source
 from dinoreg.data.source import PathSource
 from dinoreg.evaluation.data import DepthMaps, Segmented
-from dinoreg.evaluation.dense import depth_images, segmentation_head
+from dinoreg.evaluation.dense import depth_images
 from dinoreg.evaluation.dense.pictures import draw_boxes, panel, widened
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
+from dinoreg.evaluation.protocols import segmentation
 from dinoreg.evaluation.protocols.classification import framed
 from dinoreg.evaluation.protocols.linear import random_resized_crop
 from dinoreg.visualize.gallery import tile
@@ -73,7 +74,7 @@ def test_no_consumer_enlarges_the_whole(own: bool, source: PathSource, largest: 
     draw_boxes(image, np.zeros((0, 4)), (0, 0, 0))
     mask = np.zeros((image.height, image.width), np.uint8)
     segmented = Segmented(source, lambda _: mask, 2)
-    segmentation_head.training_crop(*segmentation_head.read_pair(segmented, 0), SIZE, [0] * 3, rng)
+    segmentation.training_crop(*segmentation.read_pair(segmented, 0), SIZE, [0] * 3, rng)
     depths = DepthMaps(source, lambda _: mask + np.float32(1))
     read, metres = depth_images.read_pair(depths, 0)
     depth_images.training_crop(depth_images.as_seen(read, 640), metres, (SIZE, SIZE), None, rng)

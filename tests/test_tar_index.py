@@ -1,4 +1,4 @@
-"""Images in tar archives: found in three ways, read by position, and never anything but what the archive holds."""
+"""Images in tar archives: found in two ways, read by position, and never anything but what the archive holds."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def rows(*entries: tuple[str, int, int, str]) -> np.ndarray:
     return np.array(list(entries), dtype=kinds)
 
 
-def test_headers_listings_and_dinov2s_table_give_the_bytes_that_tarfile_gives(tmp_path: Path) -> None:
+def test_headers_and_dinov2s_table_give_the_bytes_that_tarfile_gives(tmp_path: Path) -> None:
     fingerprints = set()
-    for extra, blocks in ((True, True), (False, True), (False, False)):
-        root = imagenet22k.write(tmp_path / f"{extra}{blocks}", per_class=4, extra=extra, blocks=blocks)
+    for extra in (True, False):
+        root = imagenet22k.write(tmp_path / str(extra), per_class=4, extra=extra)
         expected = unpacked(root)
         assert len(expected) == 4 * 4 + 1
         if extra:  # DINOv2's table leaves the one unreadable file out
@@ -76,12 +76,6 @@ def test_headers_listings_and_dinov2s_table_give_the_bytes_that_tarfile_gives(tm
         assert list(contents(found)) == list(expected)
         fingerprints.add(found.fingerprint())
     assert len(fingerprints) == 2  # with the unreadable file and without: how they were found does not count
-
-
-def test_a_listing_of_some_archives_serves_those_and_the_others_are_walked(tmp_path: Path) -> None:
-    root = imagenet22k.write(tmp_path, per_class=3, extra=False)
-    (root / "blocks/n02084071.log").unlink()
-    assert contents(source(root)) == unpacked(root)
 
 
 def test_a_packed_member_is_unpacked_but_never_without_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +149,13 @@ def test_many_threads_read_what_one_reads(tmp_path: Path) -> None:
         assert list(pool.map(found.read, order)) == [found.read(index) for index in order]
 
 
-def test_a_kept_index_is_reused_until_an_archive_or_listing_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_index_is_reused_until_an_archive_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = imagenet22k.write(tmp_path, per_class=3, extra=False)
     settle(root)
     first = contents(source(root, index_dir=tmp_path / "kept"))
     found: list[str] = []
-    for name in ("_from_headers", "_from_log"):
-        genuine = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, genuine=genuine: found.append(a[0]) or genuine(*a))
+    genuine = module.members_of
+    monkeypatch.setattr(module, "members_of", lambda path: found.append(path) or genuine(path))
     assert contents(source(root, index_dir=tmp_path / "kept")) == first
     assert found == []
     (file,) = (tmp_path / "kept").iterdir()
@@ -173,7 +164,6 @@ def test_a_kept_index_is_reused_until_an_archive_or_listing_changes(
         file.write_bytes(damage)
         assert contents(source(root, index_dir=tmp_path / "kept")) == first
     assert len(found) == 3 * 4
-    (root / "blocks/n01440764.log").unlink()
     pack(root / "n01440764.tar", {"new.jpg": b"new"})
     assert f"{root}/n01440764.tar:new.jpg" in contents(source(root, index_dir=tmp_path / "kept"))
 
@@ -223,25 +213,6 @@ def test_no_archives_and_no_images_in_them_are_refused(tmp_path: Path) -> None:
         index_tars(tmp_path)
     with pytest.raises(UserError, match=r"elsewhere/entries\.npy is missing"):
         index_tars(tmp_path, extra=tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("block 0: x.jpg\nrw-r--r-- y.jpg\n", "line 2: 'rw-r--r-- y.jpg', expected 'block N: NAME'"),
-        ("block 0: x.jpg\n", "does not end with"),
-        ("", "does not end with"),
-        ("block 3: x.jpg\nblock 0: ** Block of NULs **\n", "does not fit"),
-        ("block 0: x.jpg\nblock 900: ** Block of NULs **\n", "does not fit"),
-    ],
-)
-def test_a_listing_that_does_not_fit_its_archive_is_refused(tmp_path: Path, text: str, what: str) -> None:
-    pack(tmp_path / "a.tar", {"x.jpg": b"1"})
-    (tmp_path / "blocks").mkdir()
-    (tmp_path / "blocks/a.log").write_text(text)
-    with pytest.raises(UserError, match=what) as caught:
-        index_tars(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

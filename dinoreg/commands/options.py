@@ -117,6 +117,18 @@ class EmbedOptions(Options, verb="embed"):
 
 
 @dataclass(frozen=True)
+class CurateOptions(Options, verb="curate"):
+    """The features that `dinoreg curate` judges a set of images by, and how."""
+
+    features: str = option(REQUIRED, "a file that `dinoreg embed` wrote, .safetensors or .parquet")
+    out: str = output(REQUIRED, "folder of the list that data= takes, of the table of copies and of the page")
+    threshold: float = option(0.95, "cosine, without the mean of all, from which on two are copies", above=0, high=1)
+    clusters: int = option(0, "of k-means; 0: the root of the number of images, at most 1000", low=0, high=65536)
+    balance: float = option(0.5, "1: every cluster is drawn as often; 0: every image", low=0, high=1)
+    seed: int = option(0, "of k-means", low=0, high=MAX_SEED)
+
+
+@dataclass(frozen=True)
 class RegistersOptions(Options, verb="registers"):
     """The models and images that `dinoreg registers` compares, and its experiments."""
 

@@ -187,6 +187,7 @@ _VERBS = (
     Verb("report", keys.ReportOptions, _report, _read_report),
     Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
     Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed_command", "features"), path="data"),
+    Verb("curate", keys.CurateOptions, _function("commands.curate", "curate_command"), path="features"),
     Verb(
         "view",
         keys.NoOptions,

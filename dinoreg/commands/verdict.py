@@ -20,11 +20,10 @@ from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import Opened, open_model
 from dinoreg.evaluation.benchmark import PROTOCOLS
-from dinoreg.evaluation.comparison import compare
+from dinoreg.evaluation.comparison import compare, curve, labels_needed, shares
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.features.images import read_picture, shown
-from dinoreg.evaluation.label_efficiency import curve, labels_needed, shares
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, KnnOptions, SharedOptions
 from dinoreg.evaluation.protocols.classification import GREEN, RED, framed
 from dinoreg.evaluation.request import Request
@@ -78,7 +77,7 @@ def verdict_command(labelled: str, options: VerdictOptions, own: Mapping[str, An
 
 
 def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]) -> LabelledVerdict:
-    benchmark = own_benchmark(Path(labelled), own, options.columns)
+    benchmark = own_benchmark(labelled, own, options.columns)
     if not set(KINDS) <= {task.protocol for task in benchmark.tasks}:
         other = f"for {benchmark.task} see dinoreg eval, one out= for all"
         raise UserError(f"{labelled}: expected one class a picture; {other}")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dinoreg.data.source import Source
 
 KINDS = (
-    "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=], "
-    "a dataset by name (imagenet22k:root=FOLDER)"
+    "a folder, shards (.tar, .parquet, shards-{000..099}.tar), a list of paths (.txt .csv .tsv .parquet), "
+    "a URL of these (s3://…), scenes[:count=,size=,seed=], a dataset by name (imagenet22k:root=FOLDER)"
 )
 _OPTION = re.compile(r",(?=[a-z_]+=)")  # a comma inside a path stays one
 

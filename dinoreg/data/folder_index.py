@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dinoreg.runtime.errors import UserError, readable
+from dinoreg.runtime.places import ending_of, is_url, names_below
 from dinoreg.runtime.regular_files import open_regular
 
 _FORMATS = "jpg jpeg jpe jfif mpo png webp tif tiff bmp gif ppm pgm pbm pnm dcm dicom"
@@ -61,7 +63,7 @@ class PathBlock:
 
 
 def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str] | None = None) -> PathBlock:
-    """The image files below a folder, as paths relative to it: by extension in any case, no hidden ones.
+    """The image files below a folder or its URL, as paths relative to it: by extension in any case, no hidden ones.
 
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is
                done without.
@@ -70,6 +72,8 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     not into a folder that they lie in; a link that leads nowhere counts as an unreadable image if it is called like
     one. Raises UserError for a folder that is missing, cannot be read or holds no image.
     """
+    if is_url(root):
+        return _scan_url(str(root))
     root = os.path.abspath(root)
     if not os.path.isdir(root):
         what = "is a file, expected a folder" if os.path.exists(root) else "does not exist"
@@ -106,6 +110,27 @@ def index_file(key: bytes, index_dir: str | os.PathLike[str] | None) -> Path:
     """Where the index of what `key` names is kept; without `index_dir` in the user's cache folder."""
     digest = hashlib.sha256(key).hexdigest()[:32]
     return Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
+
+
+def kept_index(
+    key: str,
+    evidence: tuple[int, Sequence[tuple[str, int, str]]],
+    index_dir: str | os.PathLike[str] | None,
+    find: Callable[[], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """The arrays that `find` returns, or those that it returned for the same evidence before.
+
+    key       names what is indexed
+    evidence  a version, and (place, size, what changes with the content) of every file that the arrays depend on
+    """
+    file, started = index_file(os.fsencode(key), index_dir), time.time_ns()
+    told = hashlib.sha256(repr(evidence).encode()).hexdigest()
+    arrays = load_index(file, told)
+    if arrays is None:
+        arrays = find()
+        times = (int(change) for _, _, change in evidence[1] if change.isdecimal())
+        save_index(file, told, arrays, started, newest=max(times, default=0))
+    return arrays
 
 
 def load_index(file: Path, evidence: str) -> dict[str, np.ndarray] | None:
@@ -171,6 +196,15 @@ def _scan(root: str) -> tuple[PathBlock, list[str], list[int]]:
         inside = above | {identity}
         waiting.extend((os.path.join(folder, name), inside) for name in sorted(below, reverse=True))
     return PathBlock(b"".join(pieces), passed_over), folders, times
+
+
+def _scan_url(url: str) -> PathBlock:
+    """The pictures below a folder at a URL, whose listing is not kept, as nothing says when it changes."""
+    names = [name for name in names_below(url) if not re.search(r"(?:^|/)\.", name)]
+    pictures = [os.fsencode(name) + b"\0" for name in names if ending_of(name) in EXTENSIONS]
+    if not pictures:
+        raise UserError(f"data: no image files below {url}, and {len(names):,} others")
+    return PathBlock(b"".join(pictures), Counter(each for each in map(ending_of, names) if each not in EXTENSIONS))
 
 
 def _list_folder(path: str, passed_over: Counter[str]) -> tuple[list[bytes], list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.source import PathSource
+from dinoreg.data.source import PathSource, Source
 from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
@@ -33,6 +33,7 @@ class LabelledImages:
     words        "train", "val" or "test" for each image, or None where nothing says so
     warnings     one line each
     passed_over  files beside the images that are none, by ending
+    images       those in shards, whose names the paths are; None: files
     """
 
     root: str
@@ -42,15 +43,16 @@ class LabelledImages:
     words: list[str] | None
     warnings: list[str]
     passed_over: dict[str, int]
+    images: Source | None = None
 
     def has(self) -> np.ndarray:
         """Which classes each image is of, (n, K) bool."""
         single = self.labels.ndim == 1
         return self.labels[:, None] == np.arange(len(self.class_names)) if single else self.labels == 1
 
-    def source(self) -> PathSource:
+    def source(self) -> Source:
         """The images, in the order of `paths`."""
-        return PathSource(self.root, PathBlock.of(self.paths))
+        return self.images or PathSource(self.root, PathBlock.of(self.paths))
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

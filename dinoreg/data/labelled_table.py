@@ -1,4 +1,5 @@
-"""Tables of labelled images: a CSV, TSV, parquet file or list with a column of paths and one or several of labels.
+"""Tables of labelled images: a CSV, TSV, parquet file or list with a column of paths and one or several of labels; and
+shards, whose pictures lie beside their labels.
 
 - `label`: a class's name or number; `cat|outdoors` in any row makes it several labels an image.
 - several columns of labels (all but `path` and `split`, or those that are named): one class each, 1 present,
@@ -21,6 +22,8 @@ import numpy as np
 from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.labelled import LabelledImages, alike, read_classes
+from dinoreg.data.shards import split_of_shard
+from dinoreg.data.source import Source
 from dinoreg.data.split_names import split_of
 from dinoreg.data.tables import SEVERAL, Columns, Table, inside, open_table
 from dinoreg.runtime.errors import UserError
@@ -70,11 +73,29 @@ def read_labelled_table(
     words = None
     if found["split"] is not None:
         words = [_split_of(cell, f"{path} {place}") for place, cell in cells[found["split"][0]]]
-    numbers, names = _labels(path, {name: cells[name] for name in labels}, warnings)
+    numbers, names = _labels(str(path), {name: cells[name] for name in labels}, read_classes(path.parent), warnings)
     paths = found_files(base, first_places, path)
     if repeated := [name for name, count in Counter(paths).items() if count > 1]:
         raise UserError(f"{path}: {repeated[0]} is listed twice, once without its ending")
     return LabelledImages(base, paths, numbers, names, words, warnings, {})
+
+
+def read_labelled_shards(source: Source, table: Table, columns: Columns) -> LabelledImages:
+    """The images of shards with the labels of a table that has a row for each, in their order.
+
+    columns  the names of its columns of labels and splits, where they are not usual ones; without one of splits the
+             shards' names may tell them
+    raises   UserError, in one line, for whatever is wrong with the table
+    """
+    split = table.column("split", columns)
+    labels, left = _label_columns(table, columns, [split[0]] if split else [])
+    cells = _cells(table, [*labels, *([split[0]] if split else [])])
+    words = [_split_of(cell, f"{table.title} {place}") for place, cell in cells[split[0]]] if split else None
+    if words is None and all(splits := [split_of_shard(name) for name, _ in source.shards()]):
+        words = [str(word) for word, (_, count) in zip(splits, source.shards()) for _ in range(count)]
+    warnings = [*(split[1] if split else ()), *left]
+    numbers, names = _labels(table.title, {name: cells[name] for name in labels}, None, warnings)
+    return LabelledImages("", [*map(source.name, range(len(source)))], numbers, names, words, warnings, {}, source)
 
 
 def found_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path) -> list[str]:
@@ -138,7 +159,7 @@ def _label_columns(table: Table, columns: Columns, taken: list[str]) -> tuple[li
     label = table.column("label", columns)
     if label is not None:
         others.remove(label[0])
-    if label is not None and others:
+    if label is not None and others and not table.files:
         known = f"path:{taken[0]},label:{label[0]}"
         raise UserError(
             f"{table.title} unknown column {others[0]!r} beside path, label and split; columns={known} leaves it out, "
@@ -146,18 +167,21 @@ def _label_columns(table: Table, columns: Columns, taken: list[str]) -> tuple[li
         )
     if label is not None:
         return [label[0]], [*label[1], *left]
-    if not others:
-        raise UserError(f"{table.title} has no column label")
+    if not others or (table.files and len(others) > 1):
+        raise UserError(
+            f"{table.title} has no column label; say columns=label:NAME; its columns: {listed(table.names)}"
+        )
     taken_as = [f"the column {others[0]!r} is taken as the label"] if len(others) == 1 else []
     return others, [*taken_as, *left]
 
 
-def _labels(file: Path, cells: Mapping[str, Cells], warnings: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels of the whole table, and the names of their classes."""
+def _labels(
+    file: str, cells: Mapping[str, Cells], given: list[str] | None, warnings: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Labels of the whole table, and the names of their classes, which may be given."""
     if len(cells) > 1:
         return np.array([_indicators(file, *each) for each in cells.items()], dtype=np.int8).T, list(cells)
     (column,) = cells.values()
-    given = read_classes(file.parent)
     several = any(SEVERAL in cell for _, cell in column)
     sets = {place: [part.strip() for part in cell.split(SEVERAL) if part.strip()] for place, cell in column}
     for place, parts in sets.items():
@@ -213,7 +237,7 @@ def _whole(label: str) -> int | None:
     return int(value) if value is not None and value.is_integer() else None
 
 
-def _indicators(file: Path, name: str, column: Cells) -> list[int]:
+def _indicators(file: str, name: str, column: Cells) -> list[int]:
     for place, cell in column:
         if cell.lower() not in INDICATORS:
             raise UserError(f"{file} {place}: {name} is {cell!r}, expected 1, 0 or -1")

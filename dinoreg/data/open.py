@@ -1,19 +1,31 @@
-"""From `data=` to a source: a folder, several, a list of paths, a declared dataset, or the embedded scenes."""
+"""From `data=` to a source: a folder, shards, several, a list, a declared dataset, the scenes; as paths or as URLs."""
 
 import math
 import os
+import re
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from dinoreg.data.declared import KINDS, find_named, open_named
-from dinoreg.data.folder_index import PathBlock, index_folder
+from dinoreg.data.folder_index import PathBlock, index_folder, kept_index
 from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.labelled_folder import read_labelled_folder
-from dinoreg.data.labelled_table import read_labelled_table
-from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
+from dinoreg.data.labelled_table import read_labelled_shards, read_labelled_table
+from dinoreg.data.parquet_source import ParquetSource, holds_pictures, index_parquet, table_of
+from dinoreg.data.shards import SHARDS, Shards, find_shards, has_pattern, is_folder, is_place, states_of
+from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, ScenesSource, Source, WeightedSource
 from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
+from dinoreg.data.tar_index import TarSource, index_tars, sidecars
 from dinoreg.data.value_range import ValueRange
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.places import ending_of, filesystem, is_url
 from dinoreg.runtime.printable import listed
+
+WEIGHT = "sampling_weight"  # the column of a table by which images are drawn
+_VERSION = 1
+_MEMBER = re.compile(r"(.+?(\.tar|\.parquet)):(.+)", re.DOTALL)
 
 
 def open_source(
@@ -26,8 +38,9 @@ def open_source(
 ) -> Source:
     """Open what `data=` names.
 
-    spec       a folder; a list of paths; the drawn "scenes:" or "scenes:count=20000,size=64,seed=0"; a dataset that is
-               declared in `eval/`, as "imagenet22k:root=/datasets"; or a sequence of these
+    spec       a folder; tar archives or parquet files with pictures inside, by a folder, a name or a pattern; a list of
+               paths; a URL of one of these; the drawn "scenes:" or "scenes:count=20000,size=64,seed=0"; a dataset that
+               is declared in `eval/`, as "imagenet22k:root=/datasets"; or a sequence of these
     weights    for a sequence: each source's share of the draws (any positive numbers); by default by their
                sizes
     index_dir  where folder indexes are kept; by default the user's cache folder
@@ -64,12 +77,38 @@ def _open(
     name, _, options = spec.partition(":")
     if is_text and is_scenes(spec):
         return _open_scenes(options)
-    if os.path.isdir(spec):
-        return PathSource(os.path.abspath(spec), index_folder(spec, index_dir))
-    if os.path.isfile(spec):
-        return _open_list(spec, root, columns)
-    check_source(spec)
-    return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
+    if not is_place(spec):
+        check_source(spec)
+        return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
+    if (found := _open_files(spec, columns, index_dir)) is not None:
+        return found
+    return _open_list(spec, root, columns, index_dir)
+
+
+def _open_files(spec: str, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source | None:
+    """The pictures of a folder or of shards; None for a list."""
+    if is_folder(spec):
+        try:
+            paths = index_folder(spec, index_dir)
+        except UserError:
+            if find_shards(spec) is None:
+                raise
+        else:
+            # A few pictures beside many shards illustrate the page on which these were published.
+            if sum(paths.passed_over.get(ending, 0) for ending in SHARDS) <= len(paths):
+                return PathSource(absolute(spec), paths)
+    shards = find_shards(spec)
+    if shards is None or (shards.ending == ".parquet" and not is_folder(spec) and not holds_pictures(shards, columns)):
+        return None
+    return _open_shards(shards, columns, index_dir)
+
+
+def _open_shards(shards: Shards, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
+    if shards.ending == ".tar":
+        return index_tars(shards.root, index_dir, archives=shards.names)
+    if shards.ending == ".parquet":
+        return index_parquet(shards, columns, index_dir)
+    return PathSource(shards.root, PathBlock.of(shards.names))
 
 
 def check_source(spec: str | os.PathLike[str] | Sequence[str], key: str = "data") -> None:
@@ -84,9 +123,14 @@ def check_source(spec: str | os.PathLike[str] | Sequence[str], key: str = "data"
             raise UserError(f"{key} is empty, expected {KINDS}")
         if os.path.exists(path) or is_scenes(path):
             continue
-        if not colon or len(name) == 1 or not name.isidentifier():  # C:\ is a path
+        if is_url(path):
+            filesystem(path)
+        elif has_pattern(path):
+            find_shards(path)
+        elif not colon or len(name) == 1 or not name.isidentifier():  # C:\ is a path
             raise UserError(f"{key}: {part} does not exist, expected {KINDS}")
-        find_named(name)
+        else:
+            find_named(name)
 
 
 def read_labelled(
@@ -97,29 +141,35 @@ def read_labelled(
     columns_key: str = "columns",
     root_key: str = "own.root",
 ) -> LabelledImages:
-    """Labelled images of one's own: a folder with a subfolder for each class or split, or a table.
+    """Labelled images of one's own: a folder with a subfolder for each class or split, shards, or a table.
 
     index_dir, root, columns  as for `open_source`; columns also of labels and splits, "path:NAME,label:NAME,split:NAME"
     columns_key, root_key     names of the options, for messages
 
     Raises UserError, in one line, for what is missing and as `read_labelled_folder` and `read_labelled_table` do.
     """
-    path = find_labelled(path)
-    if os.path.isdir(path):
+    path, named = find_labelled(path), column_names(columns, columns_key)
+    found = _open_files(path, named, index_dir)
+    if isinstance(found, ParquetSource):
+        return read_labelled_shards(found, table_of(found, f"{path}:"), named)
+    if isinstance(found, TarSource):
+        return read_labelled_shards(found, sidecars(found, f"{path}:"), named)
+    if found is not None:
         return read_labelled_folder(path, index_dir)
     base = None if root is None else os.path.expanduser(os.fspath(root))
     if base is not None and not os.path.isdir(base):
         raise UserError(f"{root_key}={root}: is not a folder")
-    return read_labelled_table(path, base, column_names(columns, columns_key), root_key)
+    return read_labelled_table(path, base, named, root_key)
 
 
 def find_labelled(path: str | os.PathLike[str]) -> str:
-    """The absolute path of a folder or a table; UserError for anything else."""
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    if not os.path.exists(path):
-        raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(TABLES)} file")
-    if not os.path.isdir(path) and os.path.splitext(path)[1].lower() not in (*TABLES, *LISTS):
-        raise UserError(f"{path}: is a file, expected a folder or a {', '.join(TABLES)} file")
+    """The absolute path, the pattern or the URL of a folder, a table or shards; UserError for anything else."""
+    path = absolute(path)
+    expected = f"a folder or a {', '.join((*TABLES, '.tar'))} file"
+    if not is_place(path):
+        raise UserError(f"{path}: does not exist, expected {expected}")
+    if not is_folder(path) and not has_pattern(path) and ending_of(path) not in (*TABLES, *LISTS, *SHARDS):
+        raise UserError(f"{path}: is a file, expected {expected}")
     return path
 
 
@@ -149,17 +199,73 @@ def _open_scenes(options: str) -> ScenesSource:
     return ScenesSource(**values)
 
 
-def _open_list(spec: str, root: str | os.PathLike[str] | None, columns: Columns) -> PathSource:
-    """The files that a list or the column of paths of a table names, whether they exist or not."""
-    if os.path.splitext(spec)[1].lower() not in (*LISTS, *TABLES):
+def _open_list(
+    spec: str, root: str | os.PathLike[str] | None, columns: Columns, index_dir: str | os.PathLike[str] | None
+) -> Source:
+    """The images that a list or the column of paths of a table names, whether they exist or not; with their weights."""
+    if ending_of(spec) not in (*LISTS, *TABLES):
         raise UserError(f"data: {spec} is a file, expected {KINDS}")
-    folder = os.path.abspath(os.path.expanduser(os.fspath(root)) if root else os.path.dirname(spec) or ".")
+    folder = absolute(root) if root else spec.rpartition("/")[0] if is_url(spec) else os.path.dirname(absolute(spec))
     table = open_table(spec, f"data: the list {spec}", folder)
     found = table.column("path", columns)
     if found is None:
         raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {listed(table.names)}")
-    where, path = f"data: {spec} {table.unit}", found[0]
-    entries = [inside(folder, cell, f"{where} {number}", "data.root") for number, (cell,) in table.cells(path) if cell]
-    if not entries:
-        raise UserError(f"data: the list {spec} names no files")
-    return PathSource(folder, PathBlock.of(entries))
+    wanted, where = [found[0]], f"data: {spec} {table.unit}"
+    if "weight" in columns or WEIGHT in table.names:
+        wanted.append(table.named(columns.get("weight", [WEIGHT])[0]))
+
+    def find() -> dict[str, np.ndarray]:
+        block, weights = bytearray(), array("d")
+        for number, (entry, *weight) in table.cells(*wanted):
+            if entry:  # names one after the other, as millions of strings would take gigabytes
+                block += os.fsencode(inside(folder, entry, f"{where} {number}", "data.root")) + b"\0"
+                weights.extend(_weight(cell, f"{where} {number}") for cell in weight)
+        if not block:
+            raise UserError(f"data: the list {spec} names no files")
+        return {"names": np.frombuffer(block, np.uint8), "weights": np.array(weights)}
+
+    states = states_of([absolute(spec)])
+    kept = kept_index("\0".join(("list", absolute(spec), folder, *wanted)), (_VERSION, states), index_dir, find)
+    source = _in_shards(PathSource(folder, PathBlock(kept["names"].tobytes())), columns, index_dir)
+    return WeightedSource(source, kept["weights"]) if len(kept["weights"]) else source
+
+
+def open_names(names: Sequence[str]) -> tuple[Source, str, list[str]]:
+    """The images that sources call so, files or what lies in shards; the folder that all lie below; their names there.
+
+    raises  UserError for what has no place, as scenes
+    """
+    if not (is_url(names[0]) or os.path.isabs(names[0])):
+        raise UserError(f"{names[0]}: is no file, and cannot be listed")
+    found = map(_MEMBER.fullmatch, names)
+    root = os.path.commonpath({os.path.dirname(each[1] if each else name) for each, name in zip(found, names)})
+    root = root.replace(":/", "://", 1) if is_url(names[0]) else root
+    entries = [name[len(root) :].lstrip("/") for name in names]
+    return _in_shards(PathSource(root, PathBlock.of(entries)), {}, None), root, entries
+
+
+def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
+    """The images of shards that names mean, ARCHIVE.tar:MEMBER or FILE.parquet:ROW; files as they are."""
+    if (member := _MEMBER.fullmatch(entries.paths[0])) is None:
+        return entries
+    names = dict.fromkeys(found[1] for entry in entries.paths if (found := _MEMBER.fullmatch(entry)))
+    source = _open_shards(Shards(entries.root, list(names), member[2]), columns, index_dir)
+    # By hashes, as a table of millions of names would take gigabytes.
+    known, wanted = (np.fromiter(map(hash, map(each.name, range(len(each)))), np.int64) for each in (source, entries))
+    order = np.argsort(known)
+    found = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    if len(missing := np.flatnonzero(known[found] != wanted)):
+        raise UserError(f"data: {entries.name(int(missing[0]))} is listed, and not there")
+    return ChosenSource(source, found)
+
+
+def _weight(cell: str, where: str) -> float:
+    with reworded(f"{where}: the weight is {cell!r}, expected a number of at least 0", ValueError):
+        if 0 <= (weight := float(cell)) < math.inf:
+            return weight
+        raise ValueError("out of range")
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """A path from the root, `~` as the user's home; a URL as it is."""
+    return str(place) if is_url(str(place)) else os.path.abspath(os.path.expanduser(os.fspath(place)))

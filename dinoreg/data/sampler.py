@@ -1,8 +1,9 @@
 """The order in which samples are drawn: an endless sequence, any part of which can be computed on its own.
 
-One group of images is shuffled anew in every epoch. A weighted mixture is drawn in blocks of 4096 positions
-in which every group has its exact share, in shuffled order; within its share each group goes through epochs
-of its own.
+One group of images is shuffled anew in every epoch. A weighted mixture is drawn in blocks of 4096 positions (more for
+many groups) in which every group has its share, in shuffled order; within its share each group goes through epochs of
+its own. Images that lie in parts that are read as a whole (row groups of parquet) are shuffled in two stages: the
+parts, then the images of as many parts as fit into memory.
 """
 
 import threading
@@ -14,7 +15,9 @@ from dinoreg.data.rng import philox
 from dinoreg.data.source import Group
 from dinoreg.runtime.errors import UserError
 
-_BLOCK = 4096  # positions in which a mixture's shares are exact
+_BLOCK = 4096  # positions in which a mixture's shares are exact, to one position a group
+_PER_GROUP = 256  # positions of a block for each of many groups, so that shares are within 1/256 of all draws
+_MOST_GROUPS = 1024
 _EPOCH_STREAM, _BLOCK_STREAM, _SUBSTITUTE_STREAM = 0x65706F6368, 0x626C6F636B, 0x62  # names of uses of the seed
 
 
@@ -22,16 +25,16 @@ class Sampler:
     """Maps positions (samples drawn since the start) to samples. Safe to use from many threads."""
 
     def __init__(self, groups: list[Group], seed: int) -> None:
-        """groups  disjoint runs of indices, none empty; raises UserError for more than a block can hold"""
-        if len(groups) > _BLOCK // 4:
-            raise UserError(f"data: {len(groups)} weighted sources, expected at most {_BLOCK // 4}")
-        self.groups, self.seed = groups, seed
+        """groups  disjoint runs of indices, none empty; raises UserError for too many"""
+        if len(groups) > _MOST_GROUPS:
+            raise UserError(f"data: {len(groups)} weighted sources, expected at most {_MOST_GROUPS}")
+        self.groups, self.seed, self.block = groups, seed, max(_BLOCK, _PER_GROUP * len(groups))
         self._starts = np.array([group.start for group in groups], dtype=np.int64)
         self._lengths = np.array([group.length for group in groups], dtype=np.int64)
-        self._quotas = _quotas([group.weight for group in groups])
+        self._quotas = _quotas([group.weight for group in groups], self.block)
         # The two latest orders of each kind are remembered: a batch may straddle the end of one.
         self._block_order = lru_cache(2)(partial(_block_order, seed, self._quotas))
-        self._epoch_order = lru_cache(2 * len(groups))(partial(_epoch_order, seed, self._lengths))
+        self._epoch_order = lru_cache(2 * len(groups))(partial(_epoch_order, seed, groups))
         self._lock = threading.Lock()  # so that threads do not shuffle the same epoch at the same time
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -43,8 +46,10 @@ class Sampler:
             group, turns = self._mix(positions)
         epochs, offsets = np.divmod(turns, self._lengths[group])
         ids = np.empty_like(positions)
-        for number, epoch in {*zip(group.tolist(), epochs.tolist())}:
-            rows = (group == number) & (epochs == epoch)
+        together = np.lexsort((epochs, group))
+        changes = np.diff(group[together]).astype(bool) | np.diff(epochs[together]).astype(bool)
+        for rows in np.split(together, np.flatnonzero(changes) + 1) if len(together) else ():
+            number, epoch = int(group[rows[0]]), int(epochs[rows[0]])
             with self._lock:
                 order = self._epoch_order(number, epoch)
             ids[rows] = self._starts[number] + order[offsets[rows]]
@@ -61,7 +66,7 @@ class Sampler:
     def _mix(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which group each position draws from, and how often that group was drawn from before."""
         group, turns = np.empty_like(positions), np.empty_like(positions)
-        blocks, offsets = np.divmod(positions, _BLOCK)
+        blocks, offsets = np.divmod(positions, self.block)
         for block in set(blocks.tolist()):
             rows = blocks == block
             order = self._block_order(block)
@@ -71,7 +76,7 @@ class Sampler:
 
 
 def _block_order(seed: int, quotas: np.ndarray, block: int) -> np.ndarray:
-    """(2, _BLOCK): the group of each position, and its rank among the block's positions of that group."""
+    """(2, block): the group of each position, and its rank among the block's positions of that group."""
     group = np.repeat(np.arange(len(quotas)), quotas)
     group = _generator(seed, _BLOCK_STREAM, 0, block).permutation(group)
     rank = np.empty_like(group)
@@ -80,11 +85,20 @@ def _block_order(seed: int, quotas: np.ndarray, block: int) -> np.ndarray:
     return np.stack([group, rank])
 
 
-def _epoch_order(seed: int, lengths: np.ndarray, number: int, epoch: int) -> np.ndarray:
+def _epoch_order(seed: int, groups: list[Group], number: int, epoch: int) -> np.ndarray:
     """The permutation of one group's samples in one epoch."""
-    length = int(lengths[number])
+    length, parts = groups[number].length, groups[number].parts
     samples = np.arange(length, dtype=np.uint32 if length < 2**32 else np.uint64)
-    _generator(seed, _EPOCH_STREAM, number, epoch).shuffle(samples)
+    generator = _generator(seed, _EPOCH_STREAM, number, epoch)
+    if parts is None or len(parts[0]) <= parts[1]:
+        generator.shuffle(samples)
+        return samples
+    starts, held = parts
+    sizes, order = np.diff(starts, append=length), generator.permutation(len(starts))
+    ends = np.cumsum(sizes[order])
+    samples += np.repeat(starts[order] - ends + sizes[order], sizes[order]).astype(samples.dtype)
+    for window in np.split(samples, ends[held - 1 : -1 : held]):
+        generator.shuffle(window)
     return samples
 
 
@@ -93,9 +107,9 @@ def _generator(seed: int, stream: int, number: int, which: int) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, number, which, 0], dtype=np.uint64)))
 
 
-def _quotas(weights: list[float]) -> np.ndarray:
-    """Whole numbers of positions per block, at least one each, that sum to _BLOCK (largest remainders)."""
-    exact = np.array(weights) / sum(weights) * (_BLOCK - len(weights))
+def _quotas(weights: list[float], block: int) -> np.ndarray:
+    """Whole numbers of positions per block, at least one each, that sum to `block` (largest remainders)."""
+    exact = np.array(weights) / sum(weights) * (block - len(weights))
     quotas = np.floor(exact).astype(np.int64)
-    quotas[np.argsort(quotas - exact, kind="stable")[: _BLOCK - len(weights) - quotas.sum()]] += 1
+    quotas[np.argsort(quotas - exact, kind="stable")[: block - len(weights) - quotas.sum()]] += 1
     return quotas + 1

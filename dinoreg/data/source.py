@@ -6,7 +6,6 @@ A source hands out undecoded images by index. It knows nothing of order, crops o
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,21 +16,28 @@ import numpy as np
 from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
-from dinoreg.runtime.regular_files import read_regular
+from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.places import is_url, joined, read_place, state
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
+STAMPED_FILES, STAMPED_URLS = 50_000, 64  # whose sizes and times are looked at when features are cached
+LEVELS = 512  # weights of single images that are told apart
 SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most
 
 
 class Group(NamedTuple):
-    """A run of consecutive indices that is shuffled on its own and drawn with a share of `weight`."""
+    """A run of consecutive indices that is shuffled on its own and drawn with a share of `weight`.
+
+    parts  None: all are shuffled together. (first index of each part, ascending; how many of them are held in memory):
+           images of a part are read together, so that as many parts as are held are shuffled together, then the next
+    """
 
     start: int
     length: int
     weight: float
+    parts: tuple[np.ndarray, int] | None = None
 
 
 class Source(ABC):
@@ -92,6 +98,10 @@ class Source(ABC):
         """
         return EncodedImage(self.read(index), in_channels, value_range=self.value_range, min_side=1).pixels()
 
+    def shards(self) -> list[tuple[str, int]]:
+        """(name, images) of the files that the images lie in, in order, where these hold several."""
+        return []
+
     def groups(self) -> list[Group]:
         """How the indices are drawn; one group unless the source is a weighted mixture."""
         return [Group(0, len(self), 1.0)]
@@ -114,13 +124,13 @@ class PathSource(Source):
     def read(self, index: int) -> bytes:
         """The bytes of a file; BadImage when it cannot be read."""
         try:
-            return read_regular(self.name(index))
+            return read_place(self.name(index))
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
 
     def name(self, index: int) -> str:
         """The file's path below the root, with the root."""
-        return os.path.join(self.root, self.paths[index])
+        return joined(self.root, self.paths[index])
 
     def fingerprint(self) -> str:
         """Over the paths below the root, not their contents."""
@@ -128,7 +138,8 @@ class PathSource(Source):
 
     def stamp(self) -> str:
         """By sizes and times of change; of more than STAMPED_FILES files, of that many at equal distances."""
-        indices = np.linspace(0, len(self) - 1, min(len(self), STAMPED_FILES)).astype(np.int64)
+        most = STAMPED_URLS if is_url(self.root) else STAMPED_FILES
+        indices = np.linspace(0, len(self) - 1, min(len(self), most)).astype(np.int64)
         return stamp_of_files(self.paths.block, (self.name(int(index)) for index in indices))
 
 
@@ -137,8 +148,7 @@ def stamp_of_files(start: bytes, paths: Iterable[str]) -> str:
     digest = hashlib.sha256(start)
     for path in paths:
         try:
-            status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+            digest.update(" ".join(map(str, (*state(path), ""))).encode())
         except OSError:
             digest.update(b"missing ")
     return digest.hexdigest()[:16]
@@ -217,13 +227,15 @@ class JoinedSource(Source):
         return hashlib.sha256(repr((parts, self.weights)).encode()).hexdigest()[:16]
 
     def groups(self) -> list[Group]:
-        """One group for each part with its share of the draws; without weights one for all."""
-        if self.weights is None:
+        """Those of each part with its share of the draws; one for all where nothing weighs them."""
+        inner = [part.groups() for part in self.parts]
+        if self.weights is None and all(len(groups) == 1 and groups[0].parts is None for groups in inner):
             return super().groups()
-        total = sum(self.weights)
+        shares = self.weights or [len(part) for part in self.parts]
         return [
-            Group(int(start), len(part), weight / total)
-            for start, part, weight in zip(self._starts, self.parts, self.weights)
+            group._replace(start=int(start) + group.start, weight=share / sum(shares) * group.weight)
+            for start, share, groups in zip(self._starts, shares, inner)
+            for group in groups
         ]
 
 
@@ -265,3 +277,33 @@ class ChosenSource(Source):
 
     def _with_indices(self, text: str) -> str:
         return hashlib.sha256(text.encode() + self.indices.tobytes()).hexdigest()[:16]
+
+
+class WeightedSource(ChosenSource):
+    """Images of another source that are drawn by weights of their own, in the order of these.
+
+    Images of one weight are a group of the sampler's. More than LEVELS weights are rounded to as many, at equal ratios.
+    """
+
+    def __init__(self, source: Source, weights: np.ndarray) -> None:
+        """weights  (n,) float64, at least 0 and finite: images of weight 0 are left out; UserError where all are"""
+        known = np.unique(weights[weights > 0])
+        if not len(known):
+            raise UserError("data: every image of the list has the weight 0")
+        if len(known) > LEVELS:
+            known = np.geomspace(known[0], known[-1], LEVELS)
+            weights = np.where(weights > 0, known[np.searchsorted(np.sqrt(known[1:] * known[:-1]), weights)], 0)
+        order = np.argsort(weights, kind="stable")
+        super().__init__(source, order[weights[order] > 0])
+        self._levels, self._starts = np.unique(weights[self.indices], return_index=True)
+
+    def _with_indices(self, text: str) -> str:
+        return super()._with_indices(f"{text} {self._levels.tolist()} {self._starts.tolist()}")
+
+    def groups(self) -> list[Group]:
+        """A group of each weight, whose share is that of its images together."""
+        lengths = np.diff(self._starts, append=len(self))
+        shares = self._levels * lengths / (self._levels @ lengths)
+        return [
+            Group(int(start), int(length), float(share)) for start, length, share in zip(self._starts, lengths, shares)
+        ]

@@ -6,10 +6,12 @@ line names a picture.
 """
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from dinoreg.config.option import nearest
@@ -17,22 +19,24 @@ from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, readable, reworded
+from dinoreg.runtime.places import is_url, joined, opened
 from dinoreg.runtime.printable import listed, shortened
 
 TABLES = (".csv", ".tsv", ".parquet")
 LISTS = (".txt", ".lst")
 SEVERAL = "|"  # between the labels of one image
 
-Columns = Mapping[str, Sequence[str]]  # {"path", "label" or "split": names of columns}
-_ROLES = ("path", "label", "split")
+Columns = Mapping[str, Sequence[str]]  # {"path", "label", "split" or "weight": names of columns}
+_ROLES = ("path", "label", "split", "weight")
 _PICTURE = "(img|image|pic|picture|photo)"
 _USUAL = {
     "path": re.compile(
         rf"{_PICTURE}(path|file|filename|name)?s?|(rel|relative|abs|full)?(path|file|filename|filepath)s?"
     ),
-    "label": re.compile(r"(class|category|target|label)(es|s|name|label|id|idx|index)?|categories|y"),
+    "label": re.compile(r"(class|category|target|label|cls)(es|s|name|label|id|idx|index)?|categories|y"),
     "split": re.compile(r"(data)?(set|split|subset|partition|phase|usage|fold|mode)(name)?"),
 }
+_UNUSUAL = re.compile(r"[\\\0]|//|(?:^|/)\.{0,2}(?:/|$)")  # in a path: what may lead elsewhere, or be written otherwise
 _DELIMITERS = ",;\t"
 _NAMES = {"\t": "a tab", ";": "';'", ",": "','"}
 _LABELLED_LINE = re.compile(rf"(.*\.(?:{'|'.join(ending[1:] for ending in EXTENSIONS)}))[\s,;]+(\S+)", re.IGNORECASE)
@@ -48,6 +52,8 @@ class Table:
     delimiter  between cells; "": a list, which has a path a line and perhaps a label behind it
     first      lines before the first row of cells
     notes      what was not as usual, for the user
+    files      of one table of parquet, where it is in several
+    classes    {column of parquet: names of the classes that its numbers stand for}
     """
 
     file: str
@@ -57,6 +63,8 @@ class Table:
     delimiter: str = ""
     first: int = 0
     notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def column(self, role: str, columns: Columns) -> tuple[str, list[str]] | None:
         """The column of "path", "label" or "split" and notes on how it was found; None where there is none.
@@ -104,10 +112,7 @@ class Table:
 
     def _rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         if self.unit == "row":
-            read = _parquet(self.file, self.title, list(dict.fromkeys(names)))
-            cells = {name: read.column(name).to_pylist() for name in names}
-            for number in range(read.num_rows):
-                yield number + 1, [_text(cells[name][number]) if name in cells else "" for name in self.names]
+            yield from enumerate(self._parquet_rows(names), 1)
             return
         for number, row in _lines(self.file, self.title, self.delimiter):
             if number <= self.first:
@@ -120,6 +125,20 @@ class Table:
                 raise UserError(f"{self.title} line {number}: {len(row)} fields, expected {len(self.names)}")
             yield number, row
 
+    def _parquet_rows(self, names: Sequence[str]) -> Iterator[list[str]]:
+        for file in self.files or (self.file,):
+            with open_parquet(file, self.title) as table:
+                for batch in table.iter_batches(columns=list(dict.fromkeys(names))):
+                    cells = {name: batch.column(name).to_pylist() for name in names}
+                    for row in range(batch.num_rows):
+                        yield [self._cell(name, cells[name][row]) if name in cells else "" for name in self.names]
+
+    def _cell(self, name: str, value: object) -> str:
+        classes = self.classes.get(name)
+        if classes is None or not isinstance(value, int):
+            return text_of(value)
+        return classes[value] if 0 <= value < len(classes) else ""
+
 
 def open_table(file: str | os.PathLike[str], title: str, root: str) -> Table:
     """Look at the beginning of a list or table.
@@ -129,7 +148,7 @@ def open_table(file: str | os.PathLike[str], title: str, root: str) -> Table:
     raises UserError, in one line, for a file that cannot be read, is empty or has two columns of one name
     """
     file = os.fspath(file)
-    suffix = os.path.splitext(file)[1].lower()
+    suffix = os.path.splitext(file.partition("?")[0] if is_url(file) else file)[1].lower()
     if suffix == ".parquet":
         return Table(file, title, _distinct(_parquet_names(file, title), title), "row")
     if suffix in LISTS:
@@ -166,10 +185,15 @@ def column_names(text: str, key: str) -> dict[str, list[str]]:
 
 
 def inside(root: str, entry: str, where: str, option: str) -> str:
-    """A listed path relative to the absolute folder `root`; UserError, naming the option that allows it.
+    """A listed path relative to the absolute folder, or the URL, `root`; UserError, naming the option that allows it.
 
     Backslashes part folders where there is no file that is called with them.
     """
+    below = entry.removeprefix(joined(root, "")) if is_url(root) else entry
+    if _UNUSUAL.search(below) is None:
+        return below
+    if is_url(root) or is_url(entry):
+        raise UserError(f"{where}: {entry!r} leaves {root}; allow it with {option}=URL")
     if "\\" in entry and not os.path.lexists(os.path.join(root, entry)):
         entry = entry.replace("\\", "/")
     path = os.path.normpath(os.path.join(root, entry))
@@ -185,11 +209,12 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells without space around them) of every line that is not empty; without a delimiter one cell."""
     invalid = reworded(f"{title} is not a valid table", csv.Error)
-    with readable(title), invalid, open(file, encoding="utf-8-sig", newline="") as opened:
+    with readable(title), invalid, opened(file) as raw:
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         if not delimiter:
-            yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
+            yield from ((number, [line.strip()]) for number, line in enumerate(text, 1) if line.strip())
             return
-        rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=True)
+        rows = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
         for row in rows:
             if any(cells := [cell.strip() for cell in row]):
                 yield rows.line_num, cells
@@ -247,29 +272,30 @@ def _distinct(names: Sequence[str], title: str) -> tuple[str, ...]:
 # Parquet
 
 
-def _parquet(file: str, title: str, columns: list[str] | None = None) -> Any:
-    """Columns of a parquet file as a `pyarrow.Table`; without any its schema, a `pyarrow.Schema`."""
+@contextmanager
+def open_parquet(place: str, title: str) -> Iterator[Any]:
+    """A context with a `pyarrow.parquet.ParquetFile`; UserError without pyarrow, and for what cannot be read in it."""
     with reworded(f"{title} needs pyarrow: {install('pyarrow')}", ImportError):
         import pyarrow
         import pyarrow.parquet
-    with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError):
-        opened = pyarrow.parquet.ParquetFile(file)
-        return opened.schema_arrow if columns is None else opened.read(columns=columns)
+    with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError), opened(place) as file:
+        yield pyarrow.parquet.ParquetFile(file)
 
 
 def _parquet_names(file: str, title: str) -> list[str]:
-    names = list(_parquet(file, title).names)
+    with open_parquet(file, title) as found:
+        names = list(found.schema_arrow.names)
     if not names:
         raise UserError(f"{title} is a parquet file without columns")
     return names
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """A value of a parquet file as the text that a CSV would hold."""
     if value is None or value != value:  # NaN
         return ""
     if isinstance(value, list):
-        return SEVERAL.join(_text(item) for item in value) + SEVERAL
+        return SEVERAL.join(text_of(item) for item in value) + SEVERAL
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()

@@ -1,46 +1,53 @@
-"""Images inside uncompressed tar archives, one archive per class as ImageNet-22k is handed out, read by position.
+"""Images inside uncompressed tar archives, read by position: ImageNet-22k's, one a class, and WebDataset's shards.
 
-Where an archive's members lie is found once: in DINOv2's `extra/entries.npy`, in tar's own block listing
-(`blocks/NAME.log`), or else by walking the headers; the result is kept beside the other indexes. Nothing is unpacked,
-no name of a member is ever used as a path, and every read is checked against the header that it starts with.
+Where an archive's members lie is found once: in DINOv2's `extra/entries.npy`, or else by walking the headers; what was
+found is kept beside the other indexes. Nothing is unpacked, no name of a member is ever used as a path, and every read
+is checked against the header that it starts with.
+
+Shards are not streamed through a buffer, as the webdataset package does: a stream has no length, an order that depends
+on the number of its readers, and no place to go on from. By an index every image is drawn once an epoch in an order
+that the seed alone says, and a stopped run goes on to the bit, on any number of processes. What it costs is one read of
+the headers, once, and of shards at a URL of the whole shards.
 """
 
 import hashlib
+import json
 import os
-import re
 import tarfile
-import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dinoreg.data.decode import BadImage
-from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
+from dinoreg.data.folder_index import EXTENSIONS, PathBlock, kept_index
+from dinoreg.data.shards import states_of
 from dinoreg.data.source import Source, stamp_of_files
+from dinoreg.data.tables import Table, text_of
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.places import is_url, joined, opened, read_range
 from dinoreg.runtime.printable import print_status
-from dinoreg.runtime.regular_files import load_array, open_regular, read_regular
+from dinoreg.runtime.regular_files import load_array
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
-_VERSION = 1
+_MOST_OF_LABELS = 1 << 20  # bytes of the labels of one picture
+_VERSION = 2
 _CHUNK = 1 << 20  # rows of an entries.npy looked at together
 _THREADS = 8  # archives indexed at once; the time goes into waiting for the disk
 _WORTH_SAYING = 1 << 30  # bytes of archives from which on indexing them takes long enough to be announced
-_LOG_LINE = re.compile(r"block (\d+): (.+)")
-_LOG_END = re.compile(r"\*\* .* \*\*")  # "** Block of NULs **", "** End of File **"
 
 
 @dataclass(eq=False)
 class TarSource(Source):
-    """The images in the archives of one folder. The archive is opened for each read, so that threads share nothing.
+    """The images in some archives. The archive is opened for each read, so that threads share nothing.
 
-    root      the folder, absolute
-    archives  (a,) file names in the folder, ascending
+    root      the folder that they lie below: an absolute path, or a URL
+    archives  (a,) their names below it
     names     (n,) names of the members
     archive   (n,) int32, which archive each is in
     start     (n,) int64, the byte at which its header begins
@@ -63,9 +70,7 @@ class TarSource(Source):
         if end - start > MAX_BYTES:
             raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
         try:
-            with open_regular(self._archive(index)) as file:
-                file.seek(start)
-                member = file.read(end - start)
+            member = read_range(self._archive(index), start, end)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         try:
@@ -91,52 +96,48 @@ class TarSource(Source):
 
     def stamp(self) -> str:
         """By sizes and times of change of the archives."""
-        return stamp_of_files(self.fingerprint().encode(), (os.path.join(self.root, name) for name in self.archives))
+        return stamp_of_files(self.fingerprint().encode(), (joined(self.root, name) for name in self.archives))
+
+    def shards(self) -> list[tuple[str, int]]:
+        """The archives; the images of each follow one another."""
+        return list(zip(self.archives, np.bincount(self.archive, minlength=len(self.archives)).tolist()))
 
     def _archive(self, index: int) -> str:
-        return os.path.join(self.root, self.archives[int(self.archive[index])])
+        return joined(self.root, self.archives[int(self.archive[index])])
 
 
 def index_tars(
     root: str | os.PathLike[str],
     index_dir: str | os.PathLike[str] | None = None,
     extra: str | os.PathLike[str] | None = None,
+    archives: Sequence[str] | None = None,
 ) -> TarSource:
     """The images in the archives `root/*.tar`: archives in the order of their names, members as they lie.
 
+    root       a folder, or its URL
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is done without
     extra      the folder of DINOv2's `entries.npy`; by default `root/extra`, where there is one
+    archives   names below `root`, which may have folders, in place of all in the folder itself
 
     Members count as images by their extension, as files of a folder do; links, folders and hidden files are left out.
     Raises UserError, in one line, for no archives, a damaged one, or a listing that does not fit them.
     """
-    root = os.path.abspath(root)
-    archives = _archives(root)
+    root = str(root) if is_url(root) else os.path.abspath(root)
+    chosen, archives = archives, _archives(root) if archives is None else archives
     entries = Path(extra or os.path.join(root, "extra")) / "entries.npy"
-    has_entries = entries.is_file()
+    has_entries = chosen is None and entries.is_file()
     if extra is not None and not has_entries:
         raise UserError(f"data: {entries} is missing, expected DINOv2's table of the images in the archives of {root}")
-    logs = {} if has_entries else _logs(root, archives)
-    paths = [*(Path(root, name) for name in archives), *([entries] if has_entries else map(Path, logs.values()))]
-    states = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
-    evidence = hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
-    file = index_file(os.fsencode(f"tars\0{root}\0{entries}"), index_dir)
-    kept = load_index(file, evidence)
-    if kept is not None:
-        names = PathBlock(kept["names"].tobytes())
-        return TarSource(root, archives, names, kept["archive"], kept["start"], kept["end"])
-    started = time.time_ns()
+    states = states_of([*(joined(root, name) for name in archives), *([str(entries)] if has_entries else [])])
     sizes = np.array([size for _, size, _ in states[: len(archives)]], dtype=np.int64)
-    if has_entries:
-        source = _from_entries(root, entries, archives, sizes)
-    else:
-        source = _from_archives(root, archives, sizes, logs)
-    if not len(source):
+
+    def find() -> dict[str, np.ndarray]:
+        return _from_entries(root, entries, archives, sizes) if has_entries else _from_headers(root, archives, sizes)
+
+    kept = kept_index("\0".join(("tars", root, str(entries), *(chosen or ()))), (_VERSION, states), index_dir, find)
+    if not len(kept["start"]):
         raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
-    arrays = {name: getattr(source, name) for name in ("archive", "start", "end")}
-    arrays["names"] = source.names.as_array()
-    save_index(file, evidence, arrays, started, newest=max(changed for _, _, changed in states))
-    return source
+    return TarSource(root, archives, PathBlock(kept["names"].tobytes()), kept["archive"], kept["start"], kept["end"])
 
 
 def _archives(root: str) -> list[str]:
@@ -148,19 +149,45 @@ def _archives(root: str) -> list[str]:
     return names
 
 
-def _logs(root: str, archives: Iterable[str]) -> dict[str, str]:
-    """The block listing of each archive that has one."""
-    folder = os.path.join(root, "blocks")
-    present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    logs = {name: f"{name.removesuffix('.tar')}.log" for name in archives}
-    return {name: os.path.join(folder, log) for name, log in logs.items() if log in present}
+@dataclass(frozen=True)
+class Sidecars(Table):
+    """What lies beside each picture under its name, KEY.cls and the fields of KEY.json, as a table in their order."""
+
+    rows: Sequence[dict[str, str]] = ()
+
+    def _rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+        yield from enumerate(([row.get(name, "") for name in self.names] for row in self.rows), 1)
+
+
+def sidecars(source: TarSource, title: str) -> Sidecars:
+    """Read the labels of all pictures of WebDataset's shards; a file that is no JSON says nothing.
+
+    A key is the picture's name without its ending or, as WebDataset has it, without all behind the name's first dot.
+    """
+    rows: list[dict[str, str]] = []
+    for number, name in enumerate(source.archives):
+        with opened(joined(source.root, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            labels = (each for each in archive if each.isreg() and each.name.endswith((".cls", ".json")))
+            texts = {each.name: archive.extractfile(each).read(_MOST_OF_LABELS) for each in labels}  # type: ignore
+        for index in np.flatnonzero(source.archive == number).tolist():
+            stem = os.path.splitext(source.names[index])[0]
+            folder, slash, leaf = stem.rpartition("/")
+            rows.append({})
+            for key in (folder + slash + leaf.partition(".")[0], stem):
+                with suppress(ValueError, RecursionError):
+                    fields = dict(json.loads(texts.get(f"{key}.json", b"{}")))
+                    rows[-1] |= {field: text_of(value) for field, value in fields.items()}
+                if label := texts.get(f"{key}.cls"):
+                    rows[-1]["cls"] = label.decode("utf-8", "replace").strip()
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Sidecars(title, title, tuple(names), "image", files=tuple(source.archives), rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Three ways to find the members
+# Two ways to find the members
 
 
-def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarSource:
+def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
     with reworded(f"data: {entries} is not a readable array", OSError, ValueError):
         table = load_array(entries, mmap_mode="r")
@@ -190,44 +217,36 @@ def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.n
             f"data: {entries}: {table[at]['filename']} at bytes {start[at]}..{end[at]} does not lie in "
             f"{archives[archive[at]]} of {sizes[archive[at]]} bytes; without this file the archives are indexed anew"
         )
-    return TarSource(root, archives, names, archive, start, end)
+    return {"names": names.as_array(), "archive": archive, "start": start, "end": end}
 
 
-def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarSource:
-    """From block listings where there are any, else from the archives' own headers."""
-    unlisted = [number for number, name in enumerate(archives) if name not in logs]
-    if int(sizes[unlisted].sum()) > _WORTH_SAYING:
-        print_status(f"data: finding the images in {len(unlisted):,} archives of {root}, once")
+def _from_headers(root: str, archives: Sequence[str], sizes: np.ndarray) -> dict[str, np.ndarray]:
+    if sizes.sum() > _WORTH_SAYING:
+        print_status(f"data: finding the images in {len(archives):,} archives of {root}, once")
 
-    def members(number: int) -> tuple[bytes, list[int], list[int]]:
-        path = os.path.join(root, archives[number])
-        log = logs.get(archives[number])
-        listed = _from_headers(path) if log is None else _from_log(log, path, int(sizes[number]))
-        images = [each for each in listed if _is_image(each[0])]
-        return PathBlock.of([name for name, _, _ in images]).block, [s for _, s, _ in images], [e for _, _, e in images]
+    def look(number: int) -> tuple[bytes, np.ndarray]:
+        images = [each for each in members_of(joined(root, archives[number])) if is_image(each[0])]
+        ends = np.array([each[1:] for each in images], dtype=np.int64).reshape(-1, 2)
+        return PathBlock.of([name for name, _, _ in images]).block, ends
 
-    found = list(parallel(members, range(len(archives)), _THREADS))
-    return TarSource(
-        root,
-        archives,
-        PathBlock(b"".join(block for block, _, _ in found)),
-        np.repeat(np.arange(len(found), dtype=np.int32), [len(starts) for _, starts, _ in found]),
-        np.concatenate([np.array(starts, dtype=np.int64) for _, starts, _ in found]),
-        np.concatenate([np.array(ends, dtype=np.int64) for _, _, ends in found]),
-    )
+    blocks, ends = zip(*parallel(look, range(len(archives)), _THREADS))
+    start, end = np.ascontiguousarray(np.concatenate(ends).T)
+    archive = np.repeat(np.arange(len(ends), dtype=np.int32), [len(each) for each in ends])
+    return {"names": np.frombuffer(b"".join(blocks), np.uint8), "archive": archive, "start": start, "end": end}
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a member is a picture by its ending, and not hidden."""
     leaf = name.rsplit("/", 1)[-1]
     return os.path.splitext(leaf)[1].lower() in EXTENSIONS and not leaf.startswith(".") and "\0" not in name
 
 
-def _from_headers(path: str) -> list[tuple[str, int, int]]:
-    """(name, start, end) of every regular member, by walking the headers."""
+def members_of(path: str) -> list[tuple[str, int, int]]:
+    """(name, start, end) of every regular member of an archive, by walking the headers; UserError for a damaged one."""
     found = []
     damaged = tarfile.TarError, OSError, EOFError, ValueError, OverflowError
     whole = reworded(f"data: {path} is not a whole uncompressed tar archive", *damaged)
-    with whole, open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+    with whole, opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             if member.isreg() and not member.issparse():
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
@@ -238,29 +257,6 @@ def _from_headers(path: str) -> list[tuple[str, int, int]]:
         if archive.fileobj.read(BLOCK).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {archive.offset}")
     return found
-
-
-def _from_log(log: str, path: str, size: int) -> list[tuple[str, int, int]]:
-    """(name, start, end) of every member that the listing of `tar --list --block-number` names."""
-    with readable(f"data: {log}"):
-        lines = read_regular(log).decode("utf-8", "surrogateescape").splitlines()
-    starts, names = [], []
-    for number, line in enumerate(filter(None, map(str.rstrip, lines)), 1):
-        matched = _LOG_LINE.fullmatch(line)
-        if matched is None:
-            raise UserError(f"data: {log} line {number}: {line[:80]!r}, expected 'block N: NAME'")
-        starts.append(int(matched[1]) * BLOCK)
-        names.append(matched[2])
-    if not names or not _LOG_END.fullmatch(names[-1]):
-        raise UserError(f"data: {log} does not end with '** Block of NULs **': it is not whole")
-    for start, end in zip(starts, [*starts[1:], size]):
-        if not start <= end <= size:
-            raise UserError(f"data: {log} does not fit {path}, whose {size} bytes do not reach or order its blocks")
-    return [
-        (name, start, end)
-        for name, start, end in zip(names[:-1], starts, starts[1:])
-        if not name.endswith("/") and end > start
-    ]
 
 
 def _unpack(data: bytes) -> bytes:

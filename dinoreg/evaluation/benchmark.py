@@ -21,22 +21,22 @@ from dinoreg.runtime.errors import UserError
 if TYPE_CHECKING:
     from dinoreg.evaluation.data import Data
 
-# protocol: (module, title); each module has `evaluate(measured: Measurement) -> list[Row]`.
+# protocol: (MODULE:FUNCTION, title); a function is `(measured: Measurement) -> list[Row]`.
 PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),
-        "attention": ("dinoreg.evaluation.protocols.attention", "attention probe"),
-        "knn": ("dinoreg.evaluation.protocols.knn", "weighted k-NN"),
-        "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
-        "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
-        "segmentation": ("dinoreg.evaluation.protocols.segmentation", "linear segmentation"),
-        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation", "k-NN segmentation"),
-        "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
-        "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
-        "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
-        "retrieval": ("dinoreg.evaluation.protocols.retrieval", "instance retrieval"),
-        "flow": ("dinoreg.evaluation.protocols.flow", "optical flow"),
-        "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
+        "linear": ("dinoreg.evaluation.protocols.linear:evaluate", "linear grid"),
+        "attention": ("dinoreg.evaluation.protocols.linear:attention", "attention probe"),
+        "knn": ("dinoreg.evaluation.protocols.classification:knn", "weighted k-NN"),
+        "logistic": ("dinoreg.evaluation.protocols.classification:logistic", "logistic regression"),
+        "multilabel": ("dinoreg.evaluation.protocols.multilabel:evaluate", "multi-label logistic regression"),
+        "segmentation": ("dinoreg.evaluation.protocols.segmentation:evaluate", "linear segmentation"),
+        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation:evaluate", "k-NN segmentation"),
+        "depth": ("dinoreg.evaluation.protocols.depth:evaluate", "linear depth"),
+        "discovery": ("dinoreg.evaluation.protocols.discovery:evaluate", "object discovery (LOST)"),
+        "detection": ("dinoreg.evaluation.protocols.detection:evaluate", "linear patch detection"),
+        "retrieval": ("dinoreg.evaluation.protocols.retrieval:evaluate", "instance retrieval"),
+        "flow": ("dinoreg.evaluation.protocols.flow:evaluate", "optical flow"),
+        "few_shot": ("dinoreg.evaluation.protocols.few_shot:evaluate", "few-shot and label efficiency"),
     }
 )
 

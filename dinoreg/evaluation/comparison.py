@@ -2,17 +2,27 @@
 
 Two intervals that overlap say little about the difference of two figures of the *same* images: what is hard for one is
 mostly hard for the other. The difference of each resample has a much shorter interval (`bootstrap.paired_difference`).
+
+A curve of label efficiency is rows of one encoder by ascending `n_train`: those of the few-shot protocol for shares of
+the labels, and that of logistic regression for all of them. How many labels one encoder needs to be as good as another
+is read off the curves of every resample, and so has an interval without a further bootstrap.
+
+Doubts are what makes a result say less than its numbers seem to. Each is a line that begins with its name.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from dinoreg.evaluation.benchmark import PROTOCOLS
+from dinoreg.evaluation.data import Data, MultiLabelled
 from dinoreg.evaluation.metrics.bootstrap import Interval, exact_bound, paired_difference
 from dinoreg.evaluation.result import Result, Row, headlines
+from dinoreg.runtime.templates import score
 
 COUNTED = ("top-1", "mean per class", "CorLoc")  # metrics that count images as right or wrong
 
@@ -92,3 +102,91 @@ def judged(
     else:
         said = BETTER if worst > margin else WORSE if best < -margin else NOT_SHOWN
     return {"difference": difference, "low": low, "high": high, "verdict": said}
+
+
+FEW = 30  # test images below which a verdict is hardly possible
+HALF = 0.5  # of the ground truth
+
+
+def doubts(rows: Sequence[Row], baselines: Mapping[str, Sequence[Row]], data: Iterable[Data]) -> list[str]:
+    """The doubts about a measurement, for the `warnings` of its result.
+
+    rows       of the model, already compared with the baselines and with the largest class
+    baselines  {name: rows}
+    data       of every task
+    """
+    found = [line for row in rows for line in row.warnings]
+    of_kind = defaultdict[tuple[str, str], list[str]](list)
+    for row in headlines(rows):
+        for kind in _kinds(row, tuple(name for name in baselines if name in row.against)):
+            of_kind[kind].append(f"{row.protocol} {score(row.value, row.unit)}")
+    found += [f"{name}: {', '.join(figures)}: {doubt}" for (name, doubt), figures in of_kind.items()]
+    fewest = min((row.n_test for row in rows if row.n_test), default=FEW)
+    if fewest < FEW:
+        found.append(f"few test images: {fewest}, of which one is {100 / fewest:.1f} points")
+    for each in data:
+        test = each.splits.get("test")
+        used = float((test.labels >= 0).mean()) if isinstance(test, MultiLabelled) else 1.0
+        if used < HALF:
+            found.append(f"unused truth: only {used:.0%} of the labels of test say yes or no")
+    return list(dict.fromkeys(found))
+
+
+def _kinds(row: Row, baselines: Sequence[str]) -> list[tuple[str, str]]:
+    """The names of the doubts about a figure that was compared with some baselines, and what they are in words."""
+    found = []
+    guess = max(each for each in (row.chance, row.majority, -1.0) if each is not None)
+    against = row.against.get(MAJORITY, {})
+    if row.unit == "share" and guess > 1 - 1e-9:
+        found.append(("one answer", "guessing reaches 100 %"))
+    elif against.get("verdict", UNKNOWN) not in (BETTER, UNKNOWN):
+        shown = "not shown to be" if against["difference"] > 0 else "not"
+        found.append(("largest class", f"{shown} better than always naming it, {score(row.majority or 0.0, row.unit)}"))
+    same = [name for name in baselines if row.against[name]["verdict"] == SAME]
+    if len(same) > 1 and len(same) == len(baselines):
+        found.append(("all the same", f"no other figure than {' and '.join(same)}, on every resample"))
+    else:
+        found += [(f"as {name}", f"no other figure than {name}, on every resample") for name in same]
+    return found
+
+
+HALVINGS = 6  # at most, of the number of labels
+FEWEST = 2  # labels a class on average, about, at the lower end of a curve
+
+
+def shares(labels: int, num_classes: int) -> tuple[float, ...]:
+    """The shares of the labels at which a curve is measured besides 1: a half, a quarter, …; always one at least."""
+    halves = (0.5**halving for halving in range(1, HALVINGS + 1))
+    return tuple(share for share in halves if share == 0.5 or share * labels >= FEWEST * num_classes)
+
+
+def curve(rows: Sequence[Row], judge: Row) -> list[Row]:
+    """The rows for shares of the labels and that of all, by ascending number of labels.
+
+    judge  the row of logistic regression, whose metric counts
+    """
+    few = [row for row in rows if row.protocol == PROTOCOLS["few_shot"][1] and row.metric == judge.metric]
+    return [*sorted(few, key=lambda row: row.n_train), judge]
+
+
+def labels_needed(points: Sequence[Row], goal: Row) -> dict[str, float]:
+    """How many labels bring an encoder to the figure of another: {"labels", "low", "high"}, a 95 % interval.
+
+    points   its `curve`; between two points accuracy goes by the logarithm of the number of labels, and it does not
+             fall with more of them: what is below the accuracy of fewer labels counts as that
+    goal     the other's row; both have replicates of the same images and seed
+    returns  infinity where the figure is not reached, and the least number of the curve where that is enough
+    """
+    goals = np.array([goal.value, *goal.replicates])
+    values = np.array([[row.value, *row.replicates] for row in points])[:, : len(goals)]
+    reached = np.maximum.accumulate(values, axis=0)  # (points, 1 + samples)
+    logs, samples = np.log([row.n_train for row in points]), np.arange(reached.shape[1])
+    found = np.full(len(samples), np.inf)
+    after = (reached < goals).sum(axis=0)  # the first point that is as good as the goal
+    found[after == 0] = points[0].n_train
+    between = samples[(after > 0) & (after < len(points))]
+    last, first = reached[after[between], between], reached[after[between] - 1, between]
+    part = (goals[between] - first) / (last - first)
+    found[between] = np.exp(logs[after[between] - 1] + part * (logs[after[between]] - logs[after[between] - 1]))
+    low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf") if len(found) > 1 else (np.nan, np.nan)
+    return {"labels": float(found[0]), "low": float(low), "high": float(high)}

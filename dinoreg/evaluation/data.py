@@ -154,6 +154,8 @@ class Boxed(Split):
     difficult  per image (k,) bool: not counted either way by VOC's AP
     crowd      per image (k,) bool: a region of many, counted by neither discovery nor training
     area       per image (k,) float32 square pixels, for COCO's size classes; None: the areas of the boxes
+
+    UserError where one is out of shape or range.
     """
 
     source: Source
@@ -164,6 +166,30 @@ class Boxed(Split):
     crowd: Sequence[np.ndarray]
     area: Sequence[np.ndarray] | None = None
     HELD = ("boxes", "labels", "difficult", "crowd")
+
+    def __post_init__(self) -> None:
+        columns: dict[str, Sequence[np.ndarray]] = {"boxes": self.boxes, "labels": self.labels}
+        columns |= {"difficult flags": self.difficult, "crowd flags": self.crowd}
+        columns |= {} if self.area is None else {"areas": self.area}
+        for what, values in columns.items():
+            if len(values) != len(self):
+                raise UserError(f"{len(self)} images came with {what} of {len(values)}")
+        for index, (boxes, labels) in enumerate(zip(map(np.asarray, self.boxes), map(np.asarray, self.labels))):
+            if boxes.shape != (len(labels), 4) or any(len(values[index]) != len(labels) for values in columns.values()):
+                wrong = f"boxes of shape {boxes.shape} came with {len(labels)} labels, expected (k, 4)"
+            elif len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
+                wrong = f"a box has a label out of range, expected 0..{self.num_classes - 1}"
+            elif not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
+                wrong = "a box is not finite or ends before it starts, expected x0, y0, x1, y1"
+            else:
+                continue
+            raise UserError(f"{self.source.name(index)}: {wrong}")
+
+    def chosen(self, rows: np.ndarray) -> Self:
+        """Some of the images; rows (m,) are their places."""
+        parts: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in self.HELD}
+        area = None if self.area is None else [self.area[row] for row in rows]
+        return replace(self, source=ChosenSource(self.source, rows), area=area, **parts)
 
 
 @dataclass(frozen=True)

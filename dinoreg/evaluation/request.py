@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.option import dotted, nearest, read
+from dinoreg.data.shards import is_place
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, benchmarks, find_benchmark, is_shipped, shadowed
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.runtime.errors import UserError
@@ -48,12 +49,12 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
 
 def is_own(name: str) -> bool:
     """Whether a name of `dinoreg eval` means labelled data of one's own."""
-    return Path(name).exists() and not name.endswith(".py") and not is_shipped(name)
+    return is_place(name) and not name.endswith(".py") and not is_shipped(name)
 
 
 def split_names(names: str) -> list[str]:
     """The datasets of `dinoreg eval NAME,NAME`; an existing path may hold commas."""
-    return [names] if Path(names).exists() else [name.strip() for name in names.split(",")]
+    return [names] if is_place(names) else [name.strip() for name in names.split(",")]
 
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
@@ -66,7 +67,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
         if is_own(name):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
-            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
+            benchmark = own_benchmark(name, request.dataset.get("own", {}), request.options.columns)
         else:
             benchmark = find_benchmark(name)
         chosen[benchmark.name, benchmark.place] = benchmark

@@ -6,8 +6,8 @@ protocol, encoder) is saved at once, so that an interrupted evaluation resumes.
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
+import pkgutil
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +25,10 @@ from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task
-from dinoreg.evaluation.comparison import compared
+from dinoreg.evaluation.comparison import compared, doubts
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.doubts import doubts
-from dinoreg.evaluation.features.images import read_picture, size_of
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_with_truth
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -64,27 +63,25 @@ def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Plann
         if name not in known:
             evaluated = ", ".join(benchmark.name for benchmark in chosen)
             raise UserError(f"{name}: neither a key nor a dataset that is evaluated here ({evaluated})")
-    wanted = request.options.protocols
     ready, problems = [], {}
     for benchmark in chosen:
         try:
-            ready.append(_plan(benchmark, request, wanted))
+            ready.append(_plan(benchmark, request))
         except UserError as error:
             problems[benchmark.name] = str(error)
     return [plan for plan in ready if plan.tasks], problems
 
 
-def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) -> Planned:
+def _plan(benchmark: Benchmark, request: Request) -> Planned:
     values = benchmark.option_values(request.dataset.get(benchmark.name, {}))
-    folder = folder_of(benchmark, request)
+    folder, wanted = folder_of(benchmark, request), request.options.protocols
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
     for task in benchmark.tasks:
         if task.protocol not in wanted if wanted else task.asked:
             continue
-        absent = next((need for need in task.needs if not need.met(folder)), None)
-        if absent is not None:
-            warnings.append(f"{benchmark.name}: left out {task.protocol}: {absent.message(folder)}")
+        if absent := [need for need in task.needs if not need.met(folder)]:
+            warnings.append(f"{benchmark.name}: left out {task.protocol}: {absent[0].message(folder)}")
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
@@ -146,15 +143,7 @@ def _sample(benchmark: Benchmark, data: Data, own: bool) -> None:
         if split.source.as_trained != own:
             continue
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
-            place = split.image(index)
-            height, width = size_of(read_picture(split.source, place))
-            if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
-                raise UserError(f"{split.source.name(place)}: a box is not finite")
-            for name_of_map, what in split.PIXELS:
-                rows, columns = getattr(split, name_of_map)(index).shape[:2]
-                if (rows, columns) != (height, width):
-                    sizes = f"its {what} is {rows}x{columns}, the image {height}x{width}"
-                    raise UserError(f"{split.source.name(place)}: {sizes}")
+            read_with_truth(split, index)
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
@@ -238,20 +227,16 @@ class _Evaluation:
         }
         result = Result(path.stem, self.key, own, baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
-        self.show_examples(path.stem)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        with suppress(OSError):  # another dataset is not finished
-            self.unfinished.parent.rmdir()
-        return result
-
-    def show_examples(self, name: str) -> None:
-        """Put the example pictures of this measurement in the place of those that the name `name` had before."""
-        drawn, shown = self.unfinished / "examples", self.folder / "examples" / name
-        if self.request.options.examples:
+        drawn, shown = self.unfinished / "examples", self.folder / "examples" / path.stem
+        if options.examples:  # those of this measurement take the place of those that the name had before
             shutil.rmtree(shown, ignore_errors=True)
         if drawn.is_dir():
             shown.parent.mkdir(parents=True, exist_ok=True)
             drawn.rename(shown)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        with suppress(OSError):  # another dataset is not finished
+            self.unfinished.parent.rmdir()
+        return result
 
     def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
         """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
@@ -268,13 +253,14 @@ class _Evaluation:
             if finished.get("key") == self.key:
                 found[task.protocol] = [Row.from_dict(row) for row in finished["rows"]]
                 continue
-            module = importlib.import_module(PROTOCOLS[task.protocol][0])
+            evaluate = pkgutil.resolve_name(PROTOCOLS[task.protocol][0])
             options = _effective(self.request, task, data, self.image_size)
             try:
-                rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
+                rows = evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
                 raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
-            tested = _tested(self.plan, task, data, self.request)
+            # Results of equal ones have the same resamples.
+            tested = _digest([_stamped(task, data), _own_options(self.plan, self.request), self.request.options.seed])
             rows = [dataclasses.replace(row, tested=tested) for row in rows]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
@@ -318,13 +304,12 @@ def _key(encoder: Encoder, plan: Planned, request: Request, side: int) -> str:
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [(*_stamped(task, found), found.options(side)) for task, found in plan.tasks]
-    dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    return _digest([encoder.identity, encoder.preprocessing.value_range, str(encoder.dtype), values, data, dataset])
+    seen = [encoder.identity, encoder.preprocessing.value_range, str(encoder.dtype)]
+    return _digest([*seen, values, data, _own_options(plan, request)])
 
 
-def _tested(plan: Planned, task: Task, data: Data, request: Request) -> str:
-    """16 hexadecimal digits over what a task is measured on: results of equal ones have the same resamples."""
-    return _digest([_stamped(task, data), dict(request.dataset.get(plan.benchmark.name, {})), request.options.seed])
+def _own_options(plan: Planned, request: Request) -> dict[str, Any]:
+    return dict(request.dataset.get(plan.benchmark.name, {}))
 
 
 def _stamped(task: Task, data: Data) -> list[Any]:
@@ -344,10 +329,9 @@ def baselines_of(encoder: Encoder, seed: int) -> dict[str, Callable[[], Encoder]
     """What every encoder stands beside, by role: random weights of its architecture, and the pixels that it sees."""
 
     def pixels() -> Encoder:
-        sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
-        found = PixelEncoder(*sizes, device=encoder.device)
-        normalised = found.preprocessing
-        found.preprocessing = replace(encoder.preprocessing, mean=normalised.mean, std=normalised.std)
+        found = PixelEncoder(encoder.patch_size, encoder.image_size, encoder.in_channels, device=encoder.device)
+        own = found.preprocessing
+        found.preprocessing = replace(encoder.preprocessing, mean=own.mean, std=own.std)
         return found
 
     return {"random init": lambda: encoder.random_init(seed), "raw pixels": pixels}

@@ -25,19 +25,25 @@ _in_hand: dict[int, tuple[float, str, int]] = {}
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A context with a file to be read; OSError, at once, for what is no regular file, as for one that is not there."""
+    with in_hand(path), open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        yield file
+
+
+@contextmanager
+def in_hand(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which this thread reads a file, for who asks what is waited for."""
     thread = threading.get_ident()
     _in_hand[thread] = time.monotonic(), str(path), thread
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-            yield file
+        yield
     finally:
         _in_hand.pop(thread, None)
 
 
 def being_read() -> list[tuple[float, str, int]]:
-    """(time.monotonic() of opening, path, thread) of the files that are open by `open_regular`, the oldest first."""
+    """(time.monotonic() of opening, path, thread) of the files that are `in_hand`, the oldest first."""
     return sorted(_in_hand.copy().values())
 
 

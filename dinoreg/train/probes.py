@@ -28,7 +28,7 @@ from dinoreg.data.source import ChosenSource, ScenesSource, Source
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.maps import segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic

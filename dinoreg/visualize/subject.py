@@ -18,8 +18,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
 from dinoreg.data.preprocess import Preprocessing
-from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
-from dinoreg.data.tar_index import index_tars
+from dinoreg.data.source import JoinedSource, PathSource, Source
 from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
@@ -60,9 +59,7 @@ def view_folder(subject: Opened) -> Path:
 
 
 def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "") -> Source:
-    """A source of images: a file, a folder, a list of paths, tar archives, scenes, or several of these.
-
-    Tars are a folder that holds nothing else, or one archive by name. Raises UserError when there is no image.
+    """A source of images: a file, or what `open_source` opens, or several of these; UserError without an image.
 
     key      option that messages name
     columns  of tables, as for `open_source`
@@ -75,26 +72,7 @@ def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "
     path = Path(os.path.expanduser(spec))
     if path.is_file() and path.suffix.lower() in EXTENSIONS:
         return PathSource(os.path.abspath(path.parent), PathBlock.of([path.name]))
-    if path.is_file() and path.suffix == ".tar":
-        return _tars(path.parent, path.name)
-    if path.is_dir():
-        try:
-            return open_source(spec)
-        except UserError:
-            if not any(path.glob("*.tar")):
-                raise
-            return _tars(path)
     return open_source(spec, columns=columns)
-
-
-def _tars(folder: Path, archive: str | None = None) -> Source:
-    source = index_tars(folder)
-    if archive is None:
-        return source
-    chosen = (source.archive == list(source.archives).index(archive)).nonzero()[0]
-    if not len(chosen):
-        raise UserError(f"data: no image files in {folder / archive}")
-    return ChosenSource(source, chosen)
 
 
 def is_file_list(spec: str | Sequence[str]) -> bool:

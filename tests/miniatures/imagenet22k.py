@@ -25,14 +25,12 @@ def write(
     seed: int = 0,
     layout: str = "tars",
     extra: bool = True,
-    blocks: bool = True,
     truncated: bool = False,
 ) -> Path:
     """`root/imagenet22k` with per_class images of a class, one of them unreadable besides, as in every real copy.
 
     layout     "tars" or "folders"
     extra      with DINOv2's extra/entries.npy (tars)
-    blocks     with the listings of tar's blocks (tars)
     truncated  the last image of the last class ends in its middle
     """
     folder = root / "imagenet22k"
@@ -46,8 +44,6 @@ def write(
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     if layout == "tars":
         listings = {wnid: _pack(folder, wnid, packed=wnid == WNIDS[1]) for wnid in WNIDS}
-        if blocks:
-            _log(folder / "blocks", listings)
         if extra:
             _dump(folder / "extra", listings)
     return folder
@@ -64,15 +60,9 @@ def _pack(folder: Path, wnid: str, packed: bool) -> list[tuple[int, str]]:
             member.size = len(data)
             listing.append((archive.offset // 512, path.name))
             archive.addfile(member, io.BytesIO(data))
-        listing.append((archive.offset // 512, "** Block of NULs **"))
+        listing.append((archive.offset // 512, ""))
     shutil.rmtree(folder / wnid)
     return listing
-
-
-def _log(folder: Path, listings: dict[str, list[tuple[int, str]]]) -> None:
-    folder.mkdir()
-    for wnid, listing in listings.items():
-        (folder / f"{wnid}.log").write_text("".join(f"block {block}: {name}\n" for block, name in listing))
 
 
 def _dump(folder: Path, listings: dict[str, list[tuple[int, str]]]) -> None:

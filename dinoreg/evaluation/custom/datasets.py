@@ -2,6 +2,7 @@
 
 - a folder with a subfolder for each class, or `train/`, `val/`, `test/` with such subfolders
 - a CSV, TSV or parquet file of paths and labels (`tables`), one or several labels an image
+- tar or parquet shards with the pictures and their labels inside
 - `images/` with `masks/` or `depth/` (`pairs`)
 
 Where no split is given, the images of a small set are tested in folds, each image once, and of a large set a seeded
@@ -20,11 +21,10 @@ from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.copies import MOST_COMPARED, Copies, find_copies
 from dinoreg.data.labelled import LabelledImages, passed_over_in_words
-from dinoreg.data.open import read_labelled
+from dinoreg.data.open import absolute, read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-from dinoreg.evaluation.custom.depth_maps import depths
-from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.maps import depths, segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
@@ -54,7 +54,7 @@ PAIRS = {
 }
 
 
-def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> Benchmark:
+def own_benchmark(place: str | Path, options: Mapping[str, Any], columns: str = "") -> Benchmark:
     """The data at a path as a benchmark, ready to be read; its lists are read once, here.
 
     options  the values given as own.KEY=VALUE (OPTIONS)
@@ -62,14 +62,14 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
 
     Raises UserError, in one line, for a path that is none of the kinds above and for anything wrong with its lists.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(place := absolute(place))
     as_text = ("values", "depth_unit")  # which Python gives as a list or number
     values = BLANK.option_values({key: str(each) if key in as_text else each for key, each in options.items()})
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     name, above = _name(path), path.parent.parent if path.is_file() else path.parent
     title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
-    blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
+    blank = replace(BLANK, name=name, title=title, folders=(place,), options=given, place=place, longer=longer)
     kinds = kinds_of_pairs(path) if path.is_dir() else []
     for name, kind in (("values", "masks"), ("depth_unit", "depth")):
         if values[name] and kind not in kinds:
@@ -78,7 +78,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
         return _of_pairs(blank, path, kinds, values)
-    table = read_labelled(path, root=values["root"] or None, columns=columns)
+    table = read_labelled(place, root=values["root"] or None, columns=columns)
     folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
     if folds > 1 and "test_share" in options:
         raise UserError(f"own.folds={folds} and own.test_share exclude each other: folds test every image")
@@ -141,7 +141,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: in
         order = known.order()  # a folder and a table of the same images are one
         variant = f"{fold_of.max() + 1} folds, seed {seed}"
         return Data({"test": part(order)}, names, variant, {"warnings": warnings + said}, fold_of[order])
-    rows, variant = parts(table.words, groups, share, seed, path, copies=copies)
+    rows, variant = parts(table.words, groups, share, seed, path, copies)
     warnings += copies_across(rows, copies) if copies is not None else []
     warnings += _one_sided(table, rows, where)
     return Data({split: part(each) for split, each in rows.items()}, names, variant, {"warnings": warnings})

@@ -2,24 +2,35 @@
 
 A pair has the same path below its two folders, but for the extension and a tail of the truth's name such as `_mask`.
 Splits are folders, either outside (`train/images`, `train/masks`, `test/images`, …) or inside (`images/train`,
-`masks/train`, …), or else held out. What the files hold, `masks` and `depth_maps` say.
+`masks/train`, …), or else held out. What the files hold, `maps` says.
+
+Where a picture's EXIF orientation turns it, its truth must lie over the upright picture. It may have been drawn on the
+picture as a viewer shows it, or on its pixels as the file has them. Where turning changes the size, the size says
+which; of square pictures and half turns a tag of the truth's own does, or else the other pictures of the set.
 """
 
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from dinoreg.data.copies import MOST_COMPARED, find_copies
+from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import split_of
+from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.custom.splits import copies_across, parts
-from dinoreg.evaluation.custom.upright import Pairs
-from dinoreg.runtime.errors import UserError, readable
+from dinoreg.evaluation.readers.pixel_maps import PixelFile
+from dinoreg.runtime.errors import UserError, readable, reworded
+from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.progress import show_progress
 
 # JPEGs among masks are found, so that they are refused by name.
 SUFFIXES = {
@@ -27,6 +38,9 @@ SUFFIXES = {
     "depth": (".png", ".npy", ".tif", ".tiff"),
 }
 PASSES, FEWEST_STEPS = 100, 200  # over the training images, that heads on own data are trained for
+CERTAIN, AS_SHOWN, AS_STORED, EITHER = range(4)  # how a truth lies to its picture
+Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
+T = TypeVar("T")
 _TAIL = re.compile(r"[-_. ](?:masks?|seg(?:mentation)?|labels?|gt|depth)$", re.IGNORECASE)
 
 
@@ -83,7 +97,7 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
     given = known if len(known) == len(words) else None
     everything = PathSource(str(root), PathBlock.of(images))
     copies = find_copies(everything) if len(images) <= MOST_COMPARED else None
-    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False, copies=copies)
+    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, copies)
     warnings = copies_across(rows, copies) if copies is not None else []
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:
@@ -112,3 +126,75 @@ def _bases(root: Path) -> list[str]:
     with readable(f"{root}:"):
         below = sorted(os.listdir(root))
     return [name for name in below if split_of(name) and (root / name / "images").is_dir()]
+
+
+class Survey(NamedTuple):
+    """What one look at every pair has found, by split.
+
+    found     {split: what was asked for of each truth}
+    turns     {split: (n,) the orientation that each truth is turned by}
+    sides     (n,) short side of every upright picture in pixels
+    warnings  on truths that could lie either way
+    """
+
+    found: dict[str, list]
+    turns: dict[str, np.ndarray]
+    sides: np.ndarray
+    warnings: list[str]
+
+
+def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path, PixelFile], T], what: str) -> Survey:
+    """Read every truth once, beside the header of its picture.
+
+    read, ask  file of a truth -> its numbers; (file, numbers) -> what is to be known of it
+    what       the truths, in messages: "masks"
+    raises     UserError naming a picture that cannot be read, or a truth of another size than its picture
+    """
+    found: dict[str, list] = {}
+    lies: dict[str, list[tuple[int, int]]] = {}
+    sides = []
+    for split, (images, truths) in pairs.items():
+
+        def one(index: int, images: PathSource = images, truths: PathSource = truths) -> tuple:
+            path, name = Path(truths.name(index)), images.name(index)
+            with reworded(f"{name}: cannot be read as an image", BadImage):
+                image = images.image(index)
+            pixels = read(path)
+            return ask(path, pixels), _lie(image, pixels, path, name), min(image.height, image.width)
+
+        looked = parallel(one, range(len(images)))
+        rows = list(show_progress(looked, len(images), f"looking at the {what} of {split}"))
+        found[split], lies[split] = [row[0] for row in rows], [row[1] for row in rows]
+        sides += [row[2] for row in rows]
+    kinds = [kind for each in lies.values() for _, kind in each]
+    stored = AS_STORED in kinds and AS_SHOWN not in kinds
+    turns = {
+        split: np.array([1 if kind == AS_SHOWN or (kind == EITHER and not stored) else turn for turn, kind in each])
+        for split, each in lies.items()
+    }
+    how = "turned with them, as those of the others are" if stored else "taken to lie upright"
+    unclear = (
+        f"turned pictures: {kinds.count(EITHER):,} are turned by EXIF, which keeps their size: their {what} were {how}"
+    )
+    return Survey(found, turns, np.array(sides), [unclear] * (EITHER in kinds))
+
+
+def turned(values: np.ndarray, orientation: int) -> np.ndarray:
+    """A map (H, W), turned by an EXIF orientation."""
+    return orient(torch.from_numpy(np.ascontiguousarray(values))[None], orientation)[0].numpy()
+
+
+def _lie(image: EncodedImage, pixels: PixelFile, path: Path, name: str) -> tuple[int, int]:
+    """(orientation, how the truth lies): it is turned by the orientation if it lies as its picture is stored."""
+    upright, shape = (image.height, image.width), pixels.values.shape[:2]
+    stored = upright[::-1] if image.orientation >= 5 else upright
+    if pixels.turn != 1 and (shape[::-1] if pixels.turn >= 5 else shape) == upright:
+        return pixels.turn, CERTAIN
+    if shape not in (upright, stored):
+        by_exif = ", turned upright" if stored != upright else ""
+        sizes = f"{shape[1]} x {shape[0]} pixels, its image {Path(name).name} is {upright[1]} x {upright[0]}{by_exif}"
+        raise UserError(f"{path}: is {sizes}")
+    if image.orientation == 1:
+        return 1, CERTAIN
+    kind = EITHER if upright == stored else AS_SHOWN if shape == upright else AS_STORED
+    return image.orientation, kind

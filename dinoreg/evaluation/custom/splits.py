@@ -104,13 +104,7 @@ def copies_across(parts: Mapping[str, np.ndarray], copies: Copies) -> list[str]:
 
 
 def parts(
-    words: Sequence[str] | None,
-    groups: np.ndarray,
-    share: float,
-    seed: int,
-    where: Path,
-    per_class: bool = True,
-    copies: Copies | None = None,
+    words: Sequence[str] | None, groups: np.ndarray, share: float, seed: int, where: Path, copies: Copies | None = None
 ) -> tuple[dict[str, np.ndarray], str]:
     """Rows of each split, {name: (m,) int64 ascending}, and in words how they were split.
 
@@ -133,5 +127,5 @@ def parts(
         held = hold_out(groups, share, seed)
     if not held.any():
         raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
-    share_of = f"{share:.0%} of each class" if per_class else f"{share:.0%}"
+    share_of = f"{share:.0%} of each class" if groups.any() else f"{share:.0%}"
     return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, f"{share_of} held out, seed {seed}"

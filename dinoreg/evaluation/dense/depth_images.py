@@ -9,18 +9,9 @@ from PIL import Image
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.pictures import strip, widened
 from dinoreg.evaluation.dense.windows import fit_size
-from dinoreg.evaluation.features.images import (
-    Picture,
-    channels_of,
-    cropped,
-    read_picture,
-    resized,
-    shown,
-    size_of,
-    to_array,
-)
+from dinoreg.evaluation.features import images
+from dinoreg.evaluation.features.images import Picture, read_picture, read_with_truth, resized, shown, size_of, to_array
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
-from dinoreg.runtime.errors import UserError
 
 CROP = (416, 544)  # height, width of training crops
 ROTATION = 2.5  # degrees at most, either way
@@ -34,11 +25,8 @@ def read_pair(split: DepthMaps, index: int) -> tuple[Picture, np.ndarray]:
 
     raises  UserError when their sizes differ or one cannot be read
     """
-    image = read_picture(split.source, index)
-    depth = np.asarray(split.depth(index), dtype=np.float32)
-    size = size_of(image)
-    if depth.shape != size:
-        raise UserError(f"{split.source.name(index)}: its depth map has shape {depth.shape}, expected {size}, its own")
+    image, (found,) = read_with_truth(split, index)
+    depth = np.asarray(found, dtype=np.float32)
     return image, np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
@@ -88,7 +76,7 @@ def training_crop(
     maps = Image.fromarray(depth).resize((width, height), Image.Resampling.NEAREST)
     if border is not None:
         rows, columns = scaled_crop(border, height, width)
-        image = cropped(image, rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        image = images.cropped(image, rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
         maps = maps.crop((columns.start, rows.start, columns.stop, rows.stop))
     # Every number is drawn every time: what is done to an image depends on the step alone.
     rotates, flips, colours = rng.random(3) < PROBABILITY
@@ -96,7 +84,7 @@ def training_crop(
     gamma, brightness, colour = (
         rng.uniform(*GAMMA),
         rng.uniform(*BRIGHTNESS),
-        rng.uniform(*COLOUR, size=channels_of(image)),
+        rng.uniform(*COLOUR, size=images.channels_of(image)),
     )
     if rotates:
         from torchvision.transforms.v2 import InterpolationMode, functional  # slow to import, with all its models

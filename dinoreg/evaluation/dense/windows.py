@@ -6,8 +6,7 @@ and one for columns: `Windows.rows_of` streams the answer in blocks of rows, wha
 The geometry of crops and windows is that of mmsegmentation, the toolbox which DINOv2 used.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from dinoreg.data.preprocess import to_unit
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.data import IGNORED
+from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.solvers.train_heads import generator
 from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.parallel import parallel
 
 T = TypeVar("T")
-CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good
 ORDER_STREAM, SAMPLE_STREAM = 1, 2  # of random numbers
 
 
@@ -203,39 +201,6 @@ class Windows:
         return joined if out == length else bilinear_matrix(out, length) @ joined
 
 
-def crop_origin(
-    height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
-) -> tuple[int, int]:
-    """Top and left in pixels of a random crop of at most (size, size) pixels.
-
-    mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
-          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
-    """
-    top = left = 0
-    for _ in range(CROP_TRIES):
-        top = int(rng.integers(0, max(height - size, 0) + 1))
-        left = int(rng.integers(0, max(width - size, 0) + 1))
-        if mask is None:
-            break
-        part = mask[top : top + size, left : left + size]
-        counts = np.bincount(part[part != IGNORED].ravel())
-        if np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum():
-            break
-    return top, left
-
-
-def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
-    """An array padded to (size, size) to the right and below.
-
-    array  (H, W) or (H, W, C), H and W at most `size` pixels
-    value  of the padding: one number, or one for each channel
-    """
-    padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
-    padded[:] = value
-    padded[: array.shape[0], : array.shape[1]] = array
-    return padded
-
-
 def shuffled(position: int, count: int, seed: int) -> int:
     """The image, below `count`, at a position of an endless stream: each once per pass, in another order every time."""
     return int(_order(position // count, count, seed)[position % count])
@@ -246,36 +211,23 @@ def _order(turn: int, count: int, seed: int) -> np.ndarray:
     return generator(seed, turn, ORDER_STREAM).permutation(count)
 
 
-@contextmanager
-def training_stream(
-    load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, seed: int, workers: int
-) -> Iterator[Callable[[int], list[tuple[int, T]]]]:
-    """Context with batches of samples by step, loaded ahead in threads; a step has the same samples in a resumed
-    training.
+def training_batches(
+    load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, context: Context
+) -> Callable[[int], Iterator[list[tuple[int, T]]]]:
+    """The batches [(image, sample)] of a training from a step on, loaded ahead in threads until nobody asks any more.
 
-    load    (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
-    count   images, each of which comes once in every pass
-    yields  step -> [(image, sample)]; steps are meant to be taken in order, any other one restarts the loading there
+    load     (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position,
+             so that a step has the same samples in a resumed training
+    count    images, each of which comes once in every pass
     """
 
     def sample(position: int) -> tuple[int, T]:
-        index = shuffled(position, count, seed)
-        return index, load(index, generator(seed, position, SAMPLE_STREAM))
+        index = shuffled(position, count, context.seed)
+        return index, load(index, generator(context.seed, position, SAMPLE_STREAM))
 
-    def samples_from(step: int) -> Generator[tuple[int, T], None, None]:
-        yield from parallel(sample, range(step * batch_size, max(steps, step + 1) * batch_size), workers)
+    def batches(first: int) -> Iterator[list[tuple[int, T]]]:
+        samples = parallel(sample, range(first * batch_size, steps * batch_size), context.workers)
+        while batch := list(islice(samples, batch_size)):
+            yield batch
 
-    samples, following = samples_from(0), 0
-
-    def batch(step: int) -> list[tuple[int, T]]:
-        nonlocal samples, following
-        if step != following:
-            samples.close()
-            samples = samples_from(step)
-        following = step + 1
-        return list(islice(samples, batch_size))
-
-    try:
-        yield batch
-    finally:
-        samples.close()  # ends the threads
+    return batches

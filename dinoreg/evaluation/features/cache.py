@@ -37,7 +37,7 @@ from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import open_regular
 
-FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
+FLUSH_BYTES = 1 << 26  # written between notes of how far the extraction is
 
 
 def extract_features(
@@ -87,7 +87,6 @@ def extract_features(
         lambda images: slots(encoder, images, numbers, mean_patch),
         batch_size=context.batch_size,
         what=what,
-        flush_every=FLUSH_ROWS,
         note={**key, "slots": wanted},
     )
 
@@ -148,7 +147,6 @@ def extract_rows(
     *,
     batch_size: int,
     what: str,
-    flush_every: int,
     note: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> np.ndarray:
@@ -158,52 +156,48 @@ def extract_rows(
     load         image -> (h, w, C) uint8, or float32 in 0..255, all of one size; runs ahead in threads
     compute      batch (b, C, h, w) of `batch_size` images, uint8 or float32 in 0..1 -> (b, ...), a row for each image
     what         is shown beside the progress
-    flush_every  rows between two notes of how far the extraction is
     advice       behind the message that the disk is full
     raises       RunError naming the first image whose row is not finite, or where the disk is too small
 
     An interrupted extraction resumes.
     """
-    noted, trouble = path.with_suffix(".json"), f"the {what} cannot be written"
+    noted = path.with_suffix(".json")
     done, crc = _rows_done(path, noted, len(source))
     if done == len(source):
         return np.load(path, mmap_mode="r")
-    with contextlib.ExitStack() as stack:
-        with _in_words(path, trouble, advice):
-            aside, file = _aside(path)
-            stack.callback(_close, file)
+    with _in_words(f"{path}: the {what} cannot be written", advice), contextlib.ExitStack() as stack:
+        aside, file = _aside(path)
+        stack.callback(_close, file)
         if aside != part_name(path):
             stack.callback(aside.unlink, missing_ok=True)
             done = crc = 0
-        flushed = done
-        left = -(-(len(source) - done) // batch_size)
+        unnoted, left = 0, -(-(len(source) - done) // batch_size)
         loaded = parallel(load, range(done, len(source)), context.workers)
         batches = iter(lambda: list(islice(loaded, batch_size)), [])
         for images in context.progress(batches, left, f"{what} ({encoder.name})"):
             rows = np.ascontiguousarray(compute(stack_images(images)).cpu().numpy(), dtype=context.features_dtype)
             require_finite(torch.from_numpy(rows), [source.name(done + place) for place in range(len(rows))], encoder)
-            with _in_words(path, trouble, advice):
-                if file.tell() == 0:
-                    _begin(file, (len(source), *rows.shape[1:]), rows.dtype, done, path.parent, f"the {what}", advice)
-                file.write(rows.data)
-                done, crc = done + len(rows), zlib.crc32(rows.data, crc)
-                if done - flushed >= flush_every or done == len(source):
-                    file.flush()
-                    os.fsync(file.fileno())
-                    if done == len(source):
-                        os.replace(aside, path)
-                    if done == len(source) or aside == part_name(path):
-                        write_atomic(noted, json.dumps({**(note or {}), "done": done, "crc32": crc}) + "\n")
-                    flushed = done
+            if file.tell() == 0:
+                _begin(file, (len(source), *rows.shape[1:]), rows.dtype, done, path.parent, f"the {what}", advice)
+            file.write(rows.data)
+            done, crc, unnoted = done + len(rows), zlib.crc32(rows.data, crc), unnoted + rows.nbytes
+            if unnoted >= FLUSH_BYTES or done == len(source):
+                file.flush()
+                os.fsync(file.fileno())
+                if done == len(source):
+                    os.replace(aside, path)
+                if done == len(source) or aside == part_name(path):
+                    write_atomic(noted, json.dumps({**(note or {}), "done": done, "crc32": crc}) + "\n")
+                unnoted = 0
     return np.load(path, mmap_mode="r")
 
 
 @contextlib.contextmanager
-def _in_words(path: Path, trouble: str, advice: str) -> Iterator[None]:
+def _in_words(trouble: str, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: {trouble} ({reason(error)}){advice and f'; {advice}'}") from error
+        raise RunError(f"{trouble} ({reason(error)}){advice and f'; {advice}'}") from error
 
 
 def _close(file: BinaryIO) -> None:

@@ -20,7 +20,8 @@ from dinoreg.data.center_crop import Interpolation, center_crop
 from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
-from dinoreg.runtime.errors import reworded
+from dinoreg.evaluation.data import Split
+from dinoreg.runtime.errors import UserError, reworded
 
 # Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
 Picture = Image.Image | Tensor
@@ -40,6 +41,18 @@ def read_picture(source: Source, index: int) -> Picture:
         data = source.read(index)
         rgb = Image.fromarray(data).convert("RGB") if isinstance(data, np.ndarray) else pillow_rgb(data)
         return rgb.convert("L") if source.in_channels == 1 else rgb
+
+
+def read_with_truth(split: Split, index: int) -> tuple[Picture, list[np.ndarray]]:
+    """Image `index` of a split, and what lies over its pixels; UserError when one cannot be read or sizes differ."""
+    picture = read_picture(split.source, split.image(index))
+    height, width = size_of(picture)
+    truths = [getattr(split, name)(index) for name, _ in split.PIXELS]
+    for (_, what), each in zip(split.PIXELS, truths):
+        if each.shape[:2] != (height, width):
+            sizes = f"its {what} is {' x '.join(map(str, each.shape[:2]))} pixels, the image {height} x {width}"
+            raise UserError(f"{split.source.name(split.image(index))}: {sizes}")
+    return picture, truths
 
 
 def size_of(picture: Picture) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 SAMPLES = 1000  # resamples of a figure
+Statistic = Callable[[np.ndarray], float]  # of a set of images, given how often each is in it
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Clusters:
 
     pictures: np.ndarray | None = None
     folds: np.ndarray | None = None
+
+
+ALONE = Clusters()
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,7 @@ def count_absent(predicted: np.ndarray, true: np.ndarray) -> int:
     return len(np.setdiff1d(predicted, true))
 
 
-def resample(
-    count: int, samples: int = SAMPLES, seed: int = 0, clusters: Clusters | None = None
-) -> Iterator[np.ndarray]:
+def resample(count: int, samples: int = SAMPLES, seed: int = 0, clusters: Clusters = ALONE) -> Iterator[np.ndarray]:
     """How often each image is in each of `samples` resamples with replacement, (count,) int64 each.
 
     With copies, pictures are drawn. With K folds it is the two-stage bootstrap (Davison and Hinkley, Bootstrap Methods
@@ -84,9 +86,8 @@ def resample(
     Fewer samples are the first of more.
     """
     rng = np.random.default_rng(seed)
-    places, none = np.arange(count), np.zeros(count, dtype=np.int64)
-    pictures = places if clusters is None or clusters.pictures is None else clusters.pictures
-    folds = none if clusters is None or clusters.folds is None else clusters.folds
+    pictures = np.arange(count) if clusters.pictures is None else clusters.pictures
+    folds = np.zeros(count, dtype=np.int64) if clusters.folds is None else clusters.folds
     units, unit_of = np.unique(np.stack([folds, pictures]), axis=1, return_inverse=True)
     members = [np.flatnonzero(units[0] == fold) for fold in np.unique(folds)]
     for _ in range(samples):
@@ -96,17 +97,13 @@ def resample(
 
 
 def bootstrap_statistic(
-    count: int,
-    statistic: Callable[[np.ndarray], float],
-    samples: int = SAMPLES,
-    seed: int = 0,
-    clusters: Clusters | None = None,
+    count: int, statistic: Statistic, samples: int = SAMPLES, seed: int = 0, clusters: Clusters = ALONE
 ) -> Interval:
     """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
 
     count      of images; ValueError below 1
     statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws do not count
-    clusters   of the images; None: each stands for itself
+    clusters   of the images; by default each stands for itself
     """
     return percentile_interval(np.array([statistic(weights) for weights in resample(count, samples, seed, clusters)]))
 
@@ -125,6 +122,49 @@ def bootstrap_interval(scores: ArrayLike, samples: int = SAMPLES, seed: int = 0)
         low, high = {1.0: (1.0 - slack, 1.0), 0.0: (0.0, slack)}.get(x[0], (x[0], x[0]))
         return Interval(float(low), float(high), np.full(samples, x[0]))
     return bootstrap_statistic(n, lambda weights: float(weights @ x / n), samples, seed)
+
+
+def draws_interval(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    metric: str,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    clusters: Clusters = ALONE,
+) -> Interval:
+    """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
+
+    predicted  (R, n) classes of n test images after learning from each of R draws of labels
+    labels     (n,) true classes
+    metric     "top-1", else mean per class
+    samples    number of resamples
+    seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
+    clusters   of the test images, which have draws of their own in each fold
+
+    Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
+    """
+    correct = (predicted == labels).astype(np.float64)  # (R, n)
+    if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
+        return bootstrap_interval(correct[0], samples, seed)
+    repeats, count = correct.shape
+    rng = np.random.default_rng(repeats)
+    names, classes = np.unique(labels, return_inverse=True)
+    folds = (
+        np.zeros(count, dtype=np.int64) if clusters.folds is None else np.unique(clusters.folds, return_inverse=True)[1]
+    )
+    shape = folds.max() + 1, max(repeats - 1, 1)
+    if metric != "top-1":  # as in `mean_per_class_accuracy`
+        correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])
+
+    def resampled(weights: np.ndarray) -> float:
+        picked = np.stack([np.bincount(draws, minlength=repeats) for draws in rng.integers(0, repeats, size=shape)])
+        right = weights * (picked[folds].T * correct).sum(axis=0) / shape[1]
+        if metric == "top-1":
+            return float(right.sum() / weights.sum())
+        per_class = np.bincount(classes, weights=weights)
+        return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
+
+    return bootstrap_statistic(count, resampled, samples, seed, clusters)
 
 
 def exact_bound(count: int) -> float:

@@ -5,6 +5,9 @@ precision of any weighting of the images needs cumulative sums only (`average_pr
 VOC: the development kit's rules, where an object's best detection counts once and difficult objects count neither way.
 COCO: the rules of pycocotools' COCOeval, where a crowd takes any number of detections and none of them counts.
 `score` gives the figures that a detector is quoted by: VOC's AP50 under both readings of the curve; COCO's AP, AP50.
+
+A box is x0, y0, x1, y1 in pixels, continuous, ends exclusive. Overlaps of VOC's inclusive coordinates from 1 with the
+"+1 pixel" areas of its development kit are the same numbers, of (xmin - 1, ymin - 1, xmax, ymax).
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from torch import Tensor
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.metrics.average_precision import Curve
 from dinoreg.evaluation.metrics.bootstrap import nanmean
-from dinoreg.evaluation.metrics.boxes import areas, overlaps
 
 VOC_OVERLAP = 0.5
 COCO_OVERLAPS = np.linspace(0.5, 0.95, 10)
@@ -30,6 +32,30 @@ COCO_AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 9
 # Rule of a dataset: the metrics that it is quoted by.
 RULES = {"voc2007": ("AP50",), "voc2012": ("AP50",), "coco": ("AP", "AP50")}
 NAMES = {"11": "11-point", "all": "all-points"}
+MISSING = "the {name} split is missing, or its images have no boxes"
+
+
+def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
+    """Intersection over union of all pairs.
+
+    a, b     (n, 4) and (m, 4) x0, y0, x1, y1 in pixels
+    crowd    (m,) bool: where true, COCO's rule for regions: the intersection over the area of `a`
+    returns  (n, m) float64 in [0, 1]; 0 where the divisor is
+    """
+    a, b = np.asarray(a, dtype=np.float64).reshape(-1, 4), np.asarray(b, dtype=np.float64).reshape(-1, 4)
+    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    shared = sides.clip(min=0).prod(axis=2)
+    area_a, area_b = areas(a)[:, None], areas(b)[None]
+    union = area_a + area_b - shared
+    if crowd is not None:
+        union = np.where(np.asarray(crowd, dtype=bool)[None], area_a, union)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def areas(boxes: np.ndarray) -> np.ndarray:
+    """The areas (n,) float64, in square pixels, of boxes (n, 4)."""
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 @dataclass(frozen=True)
@@ -74,23 +100,21 @@ class Truth:
     num_classes: int
 
     @classmethod
-    def of(cls, split: Boxed, indices: Sequence[int] | np.ndarray) -> Truth:
-        """Some images of a split, renumbered from 0 in the order of `indices`; difficult objects are ignored."""
-        counts = [len(split.labels[index]) for index in indices]
+    def of(cls, split: Boxed) -> Truth:
+        """The objects of a split's images; difficult ones are ignored."""
+        counts = [len(labels) for labels in split.labels]
 
-        def joined(values: Sequence[np.ndarray], shape: tuple[int, ...], kind: type) -> np.ndarray:
-            rows = [np.asarray(values[index]).reshape(shape) for index in indices]
-            return np.concatenate([np.zeros((0, *shape[1:])), *rows]).astype(kind)
+        def joined(values: Sequence[np.ndarray], kind: type, *width: int) -> np.ndarray:
+            return np.concatenate([np.zeros((0, *width)), *values]).astype(kind)
 
-        boxes = joined(split.boxes, (-1, 4), np.float64)
-        crowd = joined(split.crowd, (-1,), np.bool_)
+        boxes, crowd = joined(split.boxes, np.float64, 4), joined(split.crowd, np.bool_)
         return cls(
             image=np.repeat(np.arange(len(counts)), counts),
             boxes=boxes,
-            labels=joined(split.labels, (-1,), np.int64),
-            ignored=joined(split.difficult, (-1,), np.bool_) | crowd,
+            labels=joined(split.labels, np.int64),
+            ignored=joined(split.difficult, np.bool_) | crowd,
             crowd=crowd,
-            area=areas(boxes) if split.area is None else joined(split.area, (-1,), np.float64),
+            area=areas(boxes) if split.area is None else joined(split.area, np.float64),
             num_images=len(counts),
             num_classes=split.num_classes,
         )
@@ -253,6 +277,7 @@ class Figure:
 
     per_class  {class: average precision} of the classes that occur
     resampled  weights (num_images,) -> the figure on a set with each image that often
+    details    further figures of the same detections
     """
 
     metric: str
@@ -260,40 +285,37 @@ class Figure:
     value: float
     per_class: dict[str, float]
     resampled: Callable[[np.ndarray], float]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The figures of a detector, first the one that the rule quotes, and further figures by name."""
-
-    figures: tuple[Figure, ...]
     details: dict[str, float]
 
-    def of(self, metric: str) -> float:
-        """The value of the first figure of a metric, which must be among them."""
-        return next(figure.value for figure in self.figures if figure.metric == metric)
 
-
-def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> Scores:
+def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> list[Figure]:
     """A detector's figures by a rule of RULES; shares in [0, 1], averaged over the classes that occur.
 
-    rule   "coco": AP[.5:.95] and AP50 at 101 recalls; else VOC's AP50, all-points first for "voc2012", else 11-point
-    names  of the K classes, for `per_class`
+    rule     "coco": AP[.5:.95] and AP50 at 101 recalls; else VOC's AP50, all-points and 11-point
+    names    of the K classes, for `per_class`
+    returns  first the one that the rule quotes: AP, all-points for "voc2012", else 11-point
     """
-    if rule == "coco":
-        by_size = coco_matches(found, truth)
-        every = by_size["all"]
-        precision = average_precision(every, "101")
-        details = {
-            f"AP {size}": nanmean(average_precision(by_size[size], "101")) for size in ("small", "medium", "large")
-        }
-        details["AP75"] = nanmean(precision[5:6])
-        half = [replace(each, hit=each.hit[:1], counted=each.counted[:1]) for each in every]
-        figures = (_figure("AP", "", every, "101", names), _figure("AP50", "", half, "101", names))
-        return Scores(figures, details)
-    matches = voc_matches(found, truth)
-    order = ("all", "11") if rule == "voc2012" else ("11", "all")
-    return Scores(tuple(_figure("AP50", NAMES[points], matches, points, names) for points in order), {})
+    details: dict[str, float] = {}
+
+    def figure(metric: str, variant: str, matches: list[ClassMatches], points: str) -> Figure:
+        precision = average_precision(matches, points)
+        per_class = {name: nanmean(values) for name, values in zip(names, precision.T) if np.isfinite(values).any()}
+
+        def resampled(weights: np.ndarray) -> float:
+            return nanmean(average_precision(matches, points, weights))
+
+        return Figure(metric, variant, nanmean(precision), per_class, resampled, details)
+
+    if rule != "coco":
+        matches = voc_matches(found, truth)
+        order = ("all", "11") if rule == "voc2012" else ("11", "all")
+        return [figure("AP50", NAMES[points], matches, points) for points in order]
+    by_size = coco_matches(found, truth)
+    every = by_size.pop("all")
+    details |= {f"AP {size}": nanmean(average_precision(matches, "101")) for size, matches in by_size.items()}
+    details["AP75"] = nanmean(average_precision(every, "101")[5:6])
+    half = [replace(each, hit=each.hit[:1], counted=each.counted[:1]) for each in every]
+    return [figure("AP", "", every, "101"), figure("AP50", "", half, "101")]
 
 
 def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
@@ -307,13 +329,3 @@ def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
     boxes[:, 2:] = sizes[:, ::-1].repeat(classes, axis=0)
     scores = np.tile(often / max(often.sum(), 1), count)
     return Detections(np.arange(count).repeat(classes), boxes, np.tile(np.arange(classes), count), scores)
-
-
-def _figure(metric: str, variant: str, matches: list[ClassMatches], points: str, names: Sequence[str]) -> Figure:
-    precision = average_precision(matches, points)
-    per_class = {name: nanmean(values) for name, values in zip(names, precision.T) if np.isfinite(values).any()}
-
-    def resampled(weights: np.ndarray) -> float:
-        return nanmean(average_precision(matches, points, weights))
-
-    return Figure(metric, variant, nanmean(precision), per_class, resampled)

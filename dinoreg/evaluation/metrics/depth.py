@@ -1,22 +1,12 @@
-"""Scores of depth maps, and the losses of the linear depth head (DINOv2 §7.4).
-The scores are those of Eigen et al. (arXiv 1406.2283) as DINOv2 reports them: each over the valid pixels of one image,
-then averaged over images. The losses are the scale-invariant and the multi-scale gradient loss, on logarithms of depth.
+"""Scores of depth maps: those of Eigen et al. (arXiv 1406.2283) as DINOv2 reports them, each over the valid pixels of
+one image, then averaged over images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-LOG_EPS = 1e-3  # metres, added before every logarithm of the losses
-MEAN_WEIGHT = 0.15  # of the squared mean in the scale-invariant loss
 OUTSIDE = 0.01  # share of depths beyond the limits, above which it is said
-GRADIENT_STRIDES = (1, 2, 4, 6)  # pixels between those that the gradient loss looks at
 
 # A crop is (top, bottom, left, right) in pixels of an image of the stated (height, width), ends exclusive.
 Crop = tuple[tuple[int, int, int, int], tuple[int, int]]
@@ -93,44 +83,3 @@ def depth_scores(predicted: np.ndarray, true: np.ndarray, valid: np.ndarray) -> 
 def mean_scores(images: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Every score (n,) averaged over the images that have one; NaN elsewhere."""
     return {key: float(np.nanmean(values)) for key, values in images.items()}
-
-
-def scale_invariant_loss(predicted: Tensor, true: Tensor, valid: Tensor, warming_up: bool = False) -> Tensor:
-    """sqrt(variance + 0.15 mean²) of the logarithms' differences over all valid pixels of a batch.
-
-    The loss of Eigen et al. (arXiv 1406.2283) with lambda = 0.85, under a root.
-
-    predicted, true  (B, H, W) metres
-    valid            (B, H, W) bool
-    warming_up       the variance is left out, so that the scale is found first
-    returns          (), differentiable; 0 where no pixel is valid
-    """
-    g = (predicted[valid] + LOG_EPS).log() - (true[valid] + LOG_EPS).log()
-    if not g.numel():
-        return predicted.sum() * 0.0
-    if warming_up:
-        return MEAN_WEIGHT**0.5 * g.mean().abs()
-    variance = g.var() if g.numel() > 1 else g.new_zeros(())
-    # The root's slope at 0 is infinite; a perfect batch must not break the head.
-    return (variance + MEAN_WEIGHT * g.mean() ** 2).clamp(min=1e-12).sqrt()
-
-
-def gradient_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-    """How much the logarithms' difference changes from a pixel to the next but one, over four subsamplings.
-
-    predicted, true  (B, H, W) metres
-    valid            (B, H, W) bool; a difference counts where both of its pixels are valid
-    returns          () summed over both directions and the subsamplings, each divided by its number of valid pixels
-
-    DINOv2's release takes these differences along the batch and channel axes of (B, 1, H, W), the first two; here they
-    are along height and width, as in MegaDepth, from which the loss comes.
-    """
-    difference = (predicted + LOG_EPS).log() - (true.clamp(min=0) + LOG_EPS).log()
-    difference = difference.where(valid, difference.new_zeros(()))
-    total = predicted.new_zeros(())
-    for stride in GRADIENT_STRIDES:
-        d, v = difference[:, ::stride, ::stride], valid[:, ::stride, ::stride]
-        down = (d[:, :-2] - d[:, 2:]).abs() * (v[:, :-2] & v[:, 2:])
-        right = (d[:, :, :-2] - d[:, :, 2:]).abs() * (v[:, :, :-2] & v[:, :, 2:])
-        total = total + (down.sum() + right.sum()) / v.sum().clamp(min=1)
-    return total

@@ -1,6 +1,14 @@
-"""What the protocols of classification share: splits and metrics, features, rows of accuracy, pictures of mistakes."""
+"""Logistic regression and weighted k-NN on frozen class tokens, and what every protocol of classification shares.
+
+`logistic` is the protocol of the fine-grained suite (SimCLR B.8.1 and DINOv2 §7.2): no augmentation, short side to the
+crop's size and a centre crop; C from a path of 45, chosen by the task's metric on the official validation split or on a
+seeded tenth of train, refitted on train and validation, scored once. Unlike in DINOv2's code, that tenth is drawn class
+by class, among equal scores the lower validation loss decides, and each fit starts at the one before and goes on until
+it has converged. `knn` is DINO's and DINOv2's, for every k of the options, without training.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,24 +20,19 @@ from dinoreg.data.source import Source
 from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
-from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
+from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT, strip
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
-from dinoreg.evaluation.metrics.bootstrap import (
-    SAMPLES,
-    Clusters,
-    Interval,
-    bootstrap_interval,
-    bootstrap_statistic,
-    count_absent,
-    mean_per_class_accuracy,
-    top1,
-)
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_interval, mean_per_class_accuracy, top1
+from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
 from dinoreg.evaluation.options import LogisticOptions
-from dinoreg.evaluation.protocols.measurement import Fold, Measurement
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
 from dinoreg.evaluation.result import Row, packed
 from dinoreg.evaluation.solvers.regularisation_path import Path, select_and_fit
 
+RESIZE = 256 / 224  # short side over crop, as DINOv2's k-NN and linear evaluations have it
+GALLERY = 6  # neighbours shown beside a query
+SIDE, BLUE = 112, (59, 125, 216)  # pixels of a picture in a strip, edge of the query
 PICTURE_SIZE = 224  # pixels of an example
 GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
 METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
@@ -37,25 +40,104 @@ MOST_CLASSES = 30  # of a whole confusion matrix
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
-def labelled_folds(measured: Measurement, subject: str = "classification") -> tuple[Labelled, list[Fold[Labelled]]]:
+def knn(measured: Measurement) -> list[Row]:
+    """One row for each k, accuracy in [0, 1]; k = 20 first where it is among them: papers do not say which they quote.
+
+    raises  as `labelled_folds` and `extract_features`
+    """
+    chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
+    test, folds = labelled_folds(measured)
+    predicted = {k: np.empty(len(test), dtype=np.int64) for k in sorted(chosen.k, key=lambda each: (each != 20, each))}
+    if test.among is not None:  # only images of the classes that an answer is chosen from vote
+        learnt = (np.flatnonzero(np.isin(fold.train.labels, test.among)) for fold in folds)
+        folds = [replace(fold, train=fold.train.chosen(rows)) for fold, rows in zip(folds, learnt)]
+    for number, fold in enumerate(folds):
+        bank = class_tokens(measured, fold.train.source, "train", resize=RESIZE)
+        queries = class_tokens(measured, fold.test.source, "test", resize=RESIZE)
+        labels = torch.from_numpy(fold.train.labels)
+        votes = knn_predict(bank.to(encoder.device), labels, queries, test.num_classes, chosen.k, chosen.temperature)
+        for k, classes in predicted.items():
+            classes[fold.rows] = votes[k].argmax(dim=-1).cpu().numpy()
+        if number == 0:
+            _gallery(bank, queries, fold, context)
+    rows: list[Row] = []
+    counts = [len(fold.train) for fold in folds]
+    equal = equal_features(fold.train.source, bank)
+    for k, classes in predicted.items():
+        few = (f"knn.k={k}: all of the {min(counts):,} training pictures vote",) * (k > min(counts))
+        settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
+        shared = {"n_train": round(np.mean(counts)), "settings": settings, "warnings": equal + few}
+        fields = {"variant": f"k = {k}", **shared}
+        rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
+        rows += corruption_rows(measured, test, classes, **fields)
+    return rows
+
+
+def _gallery(bank: Tensor, queries: Tensor, fold: Fold[Labelled], context: Context) -> None:
+    """Strips of a test image and its nearest training images; green edges for those of its class."""
+    if context.examples is None:
+        return
+    train, test = fold.train, fold.test
+    generator = torch.Generator().manual_seed(context.seed)
+    picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
+    _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))
+    for number, (query, neighbours) in enumerate(zip(picked.tolist(), nearest.tolist())):
+        panels = [framed(shown(read_picture(test.source, query)), SIDE, 3, BLUE)]
+        for index in neighbours:
+            edge = GREEN if train.labels[index] == test.labels[query] else RED
+            panels.append(framed(shown(read_picture(train.source, index)), SIDE, 3, edge))
+        context.save_example(strip(panels), "knn", number)
+
+
+def logistic(measured: Measurement) -> list[Row]:
+    """The headline (top-1 or mean per class, as the task says) and the other of the two, in [0, 1].
+
+    raises  as `labelled_folds` and `extract_features`
+    """
+    chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
+    test, folds = labelled_folds(measured)
+    pooled = chosen.token == "cls+mean"
+    predicted, paths = np.empty(len(test), dtype=np.int64), list[Path]()
+    for fold in folds:
+        train, val = fold.train, fold.val
+        features = class_tokens(measured, train.source, "train", pooled)
+        validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
+        test_features = class_tokens(measured, fold.test.source, "test", pooled)
+        given = {"seed": context.seed, "device": encoder.device, "validation": validation}
+        paths.append(fit_classes(features, train, chosen, measured.task.metric, **given))
+        predicted[fold.rows] = paths[-1].model.predict(test_features).numpy()
+    draw_mistakes(measured, test, predicted, "logistic")
+    settings = {
+        "C": per_fold([path.C.item() for path in paths]),
+        "path": per_fold([path.scores for path in paths]),
+        # Where it is true, a wider path might score higher.
+        "edge": any(path.C.item() in (path.visited[0].C, chosen.max_c) for path in paths),
+        "token": chosen.token if encoder.pools else "cls",
+        "image_size": context.image_size,
+        "converged": all(path.model.converged for path in paths),
+    }
+    val = folds[0].val
+    share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
+    learnt = round(np.mean([len(fold.train) for fold in folds])) + (0 if val is None else len(val))
+    fields = {"chosen_on": share if val is None else OFFICIAL, "n_train": learnt, "settings": settings}
+    return accuracy_rows(measured, test, predicted, warnings=equal_features(train.source, features), **fields)
+
+
+def labelled_folds(measured: Measurement) -> tuple[Labelled, list[Fold[Labelled]]]:
     """All test images, with one class each, and every training with those that are tested after it.
 
-    subject  the protocol's name in messages
-    raises   UserError for a metric other than METRICS, and for a split that is missing or of another kind
+    raises  UserError for a metric other than METRICS, and for a split that is missing or of another kind
     """
-    measured.check_metric(subject, METRICS)
+    measured.check_metric("classification", METRICS)
     return measured.folds(Labelled, MISSING)
 
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
     """Top-1 and mean per class accuracy, in [0, 1], of predicted classes (n,); the task's metric comes first."""
-    other = next(metric for metric in METRICS if metric != measured.task.metric)
-    first = accuracy_row(measured, test, predicted, measured.task.metric, tables=True, **fields)
-    return [
-        first,
-        accuracy_row(measured, test, predicted, other, **fields),
-        *corruption_rows(measured, test, predicted, **fields),
-    ]
+    first = measured.task.metric
+    metrics = sorted(METRICS, key=lambda each: each != first)
+    rows = [accuracy_row(measured, test, predicted, each, tables=each == first, **fields) for each in metrics]
+    return rows + corruption_rows(measured, test, predicted, **fields)
 
 
 def corruption_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
@@ -92,8 +174,7 @@ def accuracy_row(
         details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
     if tables and test.source.as_trained:
         details["answers"] = packed(draws[0], "<i4")
-    shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / len(test.answers)}
-    shared |= {"details": details, **fields}
+    shared = {"metric": metric, "n_test": len(test), "chance": 1.0 / len(test.answers), "details": details, **fields}
     clusters, learnt = measured.clusters(test), measured.data.splits.get("train", test)
 
     def row(said: np.ndarray, value: float) -> Row:
@@ -131,48 +212,6 @@ def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
     return found | {"confusions": [[names[true[at]], names[said[at]], int(counts[at])] for at in largest]}
 
 
-def draws_interval(
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    metric: str,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    clusters: Clusters | None = None,
-) -> Interval:
-    """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
-
-    predicted  (R, n) classes of n test images after learning from each of R draws of labels
-    labels     (n,) true classes
-    metric     "top-1", else mean per class
-    samples    number of resamples
-    seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
-    clusters   of the test images, which have draws of their own in each fold
-
-    Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
-    """
-    correct = (predicted == labels).astype(np.float64)  # (R, n)
-    if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
-        return bootstrap_interval(correct[0], samples, seed)
-    repeats, count = correct.shape
-    rng = np.random.default_rng(repeats)
-    names, classes = np.unique(labels, return_inverse=True)
-    fold_of = None if clusters is None else clusters.folds
-    folds = np.zeros(count, dtype=np.int64) if fold_of is None else np.unique(fold_of, return_inverse=True)[1]
-    shape = folds.max() + 1, max(repeats - 1, 1)
-    if metric != "top-1":  # as in `mean_per_class_accuracy`
-        correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])
-
-    def resampled(weights: np.ndarray) -> float:
-        picked = np.stack([np.bincount(draws, minlength=repeats) for draws in rng.integers(0, repeats, size=shape)])
-        right = weights * (picked[folds].T * correct).sum(axis=0) / shape[1]
-        if metric == "top-1":
-            return float(right.sum() / weights.sum())
-        per_class = np.bincount(classes, weights=weights)
-        return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
-
-    return bootstrap_statistic(count, resampled, samples, seed, clusters)
-
-
 def class_tokens(
     measured: Measurement, source: Source, what: str, mean_patch: bool = False, resize: float = 1.0
 ) -> Tensor:
@@ -183,48 +222,24 @@ def class_tokens(
     resize      short side over the crop's side, as published; of one's own pictures the weights say it
     raises      as `extract_features`
     """
-    crop, what = measured.context.crop(source, resize), f"features of {what}"
-    return feature_matrix(
-        extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
-    )
+    given: dict[str, Any] = {"mean_patch": mean_patch, "what": f"features of {what}"}
+    crop = measured.context.crop(source, resize)
+    return feature_matrix(extract_features(measured.context, measured.encoder, source, crop, **given))
 
 
-def fit_classes(
-    features: Tensor,
-    train: Labelled,
-    options: LogisticOptions,
-    metric: str,
-    seed: int,
-    device: torch.device,
-    validation: tuple[Tensor, np.ndarray] | None = None,
-) -> Path:
+def fit_classes(features: Tensor, train: Labelled, options: LogisticOptions, metric: str, **given: Any) -> Path:
     """Logistic regression on the features (n, D) of training images, C chosen by a metric of METRICS.
 
-    validation  features and labels that C is chosen on; None: a share of the training images
-    raises      as `select_and_fit`
+    given   further options of `select_and_fit`: seed, device, validation
+    raises  as `select_and_fit`
     """
     Cs = np.geomspace(options.min_c, options.max_c, options.num_c).tolist()
-    return select_and_fit(
-        features,
-        train.labels,
-        train.num_classes,
-        Cs,
-        validation=validation,
-        validation_share=options.validation_share,
-        seed=seed,
-        patience=options.patience,
-        score=METRICS[metric],
-        pictures=train.pictures,
-        device=device,
-    )
+    given |= {"validation_share": options.validation_share, "patience": options.patience, "pictures": train.pictures}
+    return select_and_fit(features, train.labels, train.num_classes, Cs, score=METRICS[metric], **given)
 
 
-def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ...]:
-    """A doubt where all images of a source have the same feature, with the likely cause; else none.
-
-    features  (n, D) of its images
-    what      the images in words, "training"
-    """
+def equal_features(source: Source, features: Tensor) -> tuple[str, ...]:
+    """A doubt where all training images of a source have the same feature (n, D), with the likely cause; else none."""
     rows = features[torch.linspace(0, len(features) - 1, min(len(features), 256)).long()].double()
     if len(rows) < 2 or bool((rows - rows[0]).norm(dim=1).max() > 1e-5 * rows[0].norm()):
         return ()
@@ -236,7 +251,7 @@ def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ..
         cause = f"the pictures are equal, too, as {pair}{flat}"
     else:
         cause = f"pictures as {pair} differ: the weights tell nothing apart, they have collapsed or are not these"
-    return (f"equal features: every {what} image has the same feature; {cause}",)
+    return (f"equal features: every training image has the same feature; {cause}",)
 
 
 def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:

@@ -22,7 +22,7 @@ from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, shown, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
+from dinoreg.evaluation.metrics.box_ap import MISSING, areas, overlaps
 from dinoreg.evaluation.options import DiscoveryOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
@@ -41,7 +41,6 @@ def evaluate(measured: Measurement) -> list[Row]:
     measured.check_metric("object discovery", ("CorLoc",))
     settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
     test = measured.split("test", Boxed, MISSING)
-    check_boxes(test, "test")
     # An encoder of one block (raw pixels) has no others to sweep.
     numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
     distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))
@@ -73,23 +72,15 @@ def evaluate(measured: Measurement) -> list[Row]:
         details["chosen on one half of the images, scored on the other"] = crosswise(hits)
     kind = f"{settings.feature}s{', normalised' if settings.normalise else ''}"
     blocks, biases = len(settings.blocks), len(settings.biases)
-    model = measured.row(
-        figures[best]["CorLoc"],
-        bootstrap_interval(hits[best], seed=context.seed),
-        variant=kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases",
-        chosen_on=chosen_on,
-        n_test=len(test),
-        settings={**asdict(settings), "block": block, "bias": bias, "image_size": "the image's own"},
-        details=details,
-    )
-    baseline = measured.row(
-        float(baseline_hits.mean()),
-        bootstrap_interval(baseline_hits, seed=context.seed),
-        variant="whole-image box",
-        n_test=len(test),
-        note="no model: one box around the whole image",
-    )
-    return [model, baseline]
+    variant = kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases"
+    settled = {**asdict(settings), "block": block, "bias": bias, "image_size": "the image's own"}
+
+    def row(right: np.ndarray, **fields: Any) -> Row:
+        interval = bootstrap_interval(right, seed=context.seed)
+        return measured.row(float(right.mean()), interval, n_test=len(test), **fields)
+
+    model = row(hits[best], variant=variant, chosen_on=chosen_on, settings=settled, details=details)
+    return [model, row(baseline_hits, variant="whole-image box", note="no model: one box around the whole image")]
 
 
 def correct(boxes: np.ndarray, truth: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,17 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.metrics.bootstrap import draws_interval
 from dinoreg.evaluation.options import LogisticOptions
-from dinoreg.evaluation.protocols.classification import (
-    METRICS,
-    accuracy_row,
-    class_tokens,
-    draws_interval,
-    equal_features,
-    fit_classes,
-    labelled_folds,
-)
-from dinoreg.evaluation.protocols.measurement import Fold, Measurement, learnt_from, resumable_map
+from dinoreg.evaluation.protocols import classification
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
@@ -63,14 +56,14 @@ class Setting:
 
 
 class Spread:
-    """Where features (n, D) lie: `mean` (D,) float64, and `power`, their mean squared distance from it.
+    """Features (n, D) and where they lie: `mean` (D,) float64, and `power`, their mean squared distance from it.
 
     The power is 0 for features that are equal but for rounding.
     """
 
     def __init__(self, features: Tensor) -> None:
         """features (n, D), read a few thousand rows at a time."""
-        parts = features.split(8192)
+        self.features, parts = features, features.split(8192)
         zero = torch.zeros((), dtype=torch.float64)
         self.mean = sum((rows.double().sum(dim=0) for rows in parts), zero) / len(features)
         power = sum(float((rows.double() - self.mean).square().sum()) for rows in parts) / len(features)
@@ -87,40 +80,33 @@ def evaluate(measured: Measurement) -> list[Row]:
     raises  UserError as `labelled_folds` and `extract_features`; RunError for a feature that is not finite
     """
     options, encoder, context = measured.options, measured.encoder, measured.context
-    test, folds = labelled_folds(measured, "few-shot")
-    features = [class_tokens(measured, each.train.source, "train") for each in folds]
-    spreads = [Spread(each) for each in features]
-    test_features = [class_tokens(measured, each.test.source, "test") for each in folds]
+    test, folds = classification.labelled_folds(measured)
+    known = [Spread(classification.class_tokens(measured, each.train.source, "train")) for each in folds]
+    asked = [classification.class_tokens(measured, each.test.source, "test") for each in folds]
     settings = [Setting(shots=shots) for shots in sorted(options.few_shot.shots, reverse=True)]
     settings += [Setting(share=share) for share in sorted(options.few_shot.shares, reverse=True)]
-    draws = [
-        (setting, context.seed + repeat, number)
-        for setting in settings
+    draws = []
+    for setting in settings:
         # Where all images are taken there is nothing to draw.
-        for repeat in range(1 if _takes_all(setting, folds) else options.few_shot.repeats)
-        for number in range(len(folds))
-    ]
+        whole = all(setting.counts(_available(each.train)).sum() == len(each.train) for each in folds)
+        repeats = range(1 if whole else options.few_shot.repeats)
+        draws += [(setting, context.seed + repeat, number) for repeat in repeats for number in range(len(folds))]
 
-    def scored(place: int, _: None) -> dict[str, Any]:
-        setting, seed, number = draws[place]
+    def scored(_place: int, draw: tuple[Setting, int, int]) -> dict[str, Any]:
+        setting, seed, number = draw
         started = time.monotonic()
         train = folds[number].train
-        index = drawn(train, setting, seed)
-        given = features[number], train, index, test_features[number], spreads[number], options.logistic
-        found = score(*given, seed, encoder.device, measured.task.metric)
+        given = {"seed": seed, "device": encoder.device, "metric": measured.task.metric}
+        found = score(known[number], train, drawn(train, setting, seed), asked[number], options.logistic, **given)
         return {**found, "hours": (time.monotonic() - started) / 3600}
 
     stamps = [each.train.source.stamp() for each in folds]
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, stamps)
-    results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
+    results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})", draws.__getitem__)
     by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
-    doubt = equal_features(folds[0].train.source, features[0], "training")
+    doubt = classification.equal_features(folds[0].train.source, known[0].features)
     rows = [_row(measured, setting, test, folds, scored) for setting, scored in by_setting.items()]
     return [replace(row, warnings=doubt) for row in rows]
-
-
-def _takes_all(setting: Setting, folds: list[Fold[Labelled]]) -> bool:
-    return all(setting.counts(_available(each.train)).sum() == len(each.train) for each in folds)
 
 
 def _available(train: Labelled) -> np.ndarray:
@@ -141,36 +127,29 @@ def drawn(train: Labelled, setting: Setting, seed: int) -> np.ndarray:
 
 
 def score(
-    features: Tensor,
-    train: Labelled,
-    index: np.ndarray,
-    test_features: Tensor,
-    spread: Spread,
-    options: LogisticOptions,
-    seed: int,
-    device: torch.device,
-    metric: str = "top-1",
+    spread: Spread, train: Labelled, index: np.ndarray, asked: Tensor, options: LogisticOptions, **given: Any
 ) -> dict[str, Any]:
     """Learn from the images of `index` alone, and classify the test images.
 
-    features       (N, D) of all training images
-    index          (m,) of those whose labels are used
-    test_features  (n, D)
-    metric         of METRICS, by which C is chosen
-    returns        {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
+    spread   of the features (N, D) of all training images
+    index    (m,) of those whose labels are used
+    asked    features (n, D) of the test images
+    given    seed, device and, by which C is chosen, metric, of `fit_classes`
+    returns  {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
     """
+    features = spread.features
     rows = features if len(index) == len(features) else features[torch.from_numpy(index)]
     labels = torch.from_numpy(train.labels[index])
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
         C, path = FIXED_C / spread.power if spread.power else FIXED_C, []
-        model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=device).solve(C)
+        model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=given["device"]).solve(C)
     else:
-        found = fit_classes(rows, train.chosen(index), options, metric, seed, device)
+        found = classification.fit_classes(rows, train.chosen(index), options, **given)
         C, model, path = found.C.item(), found.model, found.scores
     means = class_means(rows, labels, train.num_classes, spread)
     return {
-        "logistic": model.predict(test_features),
-        "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in test_features.split(4096)]),
+        "logistic": model.predict(asked),
+        "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in asked.split(4096)]),
         "C": C,
         "path": path,
     }
@@ -211,48 +190,31 @@ def _row(
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
     means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
-    return accuracy_row(
-        measured,
-        test,
-        logistic,
-        metric,
-        variant=setting.title,
-        chosen_on=share if chosen else "",
-        seeds=tuple(context.seed + repeat for repeat in range(repeats)),
-        n_train=learnt_from([int(each.sum()) for each in counts]),
-        hours=sum(each["hours"] for each in scored),
-        settings={
-            "shots": setting.shots,
-            "share": setting.share,
-            "draws": repeats,
-            "C": [each["C"] for each in scored],
-            "C from": share if chosen else fixed,
-            "image_size": context.image_size,
-        },
-        details={
-            "each draw": [METRICS[metric](draw, test.labels) for draw in logistic],
-            "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
-            "nearest class mean, interval": [means.low, means.high],
-        },
-        note=_note(setting, _available(folds[0].train), counts[0]),
-    )
+    share_right = classification.METRICS[metric]
+    right, nearest_right = ([share_right(draw, test.labels) for draw in draws] for draws in (logistic, nearest))
+    settled: dict[str, Any] = {"shots": setting.shots, "share": setting.share, "draws": repeats}
+    settled["C"] = [each["C"] for each in scored]
+    settled |= {"C from": share if chosen else fixed, "image_size": context.image_size}
+    details: dict[str, Any] = {"each draw": right, "nearest class mean": float(np.mean(nearest_right))}
+    details["nearest class mean, interval"] = [means.low, means.high]
+    fields: dict[str, Any] = {"variant": setting.title, "chosen_on": share if chosen else "", "settings": settled}
+    fields["seeds"] = tuple(context.seed + repeat for repeat in range(repeats))
+    fields["n_train"] = round(np.mean([int(each.sum()) for each in counts]))
+    fields["hours"] = sum(each["hours"] for each in scored)
+    fields["note"] = _note(setting, _available(folds[0].train), counts[0])
+    return classification.accuracy_row(measured, test, logistic, metric, details=details, **fields)
 
 
 def _note(setting: Setting, available: np.ndarray, counts: np.ndarray) -> str:
     """What became of classes that are too small for the setting."""
-    present = int((available > 0).sum())
+    present = available[available > 0]
     if setting.share is None:
-        short = available[(available > 0) & (available < setting.shots)]
-        if not len(short):
-            return ""
-        return (
-            f"{len(short)} of {present} classes have fewer than {setting.shots} training images "
-            f"(the fewest: {short.min()}); all of theirs are used"
-        )
-    lifted = int(((available > 0) & (setting.share * available < 0.5)).sum())
-    if not lifted:
-        return ""
-    return (
-        f"{lifted} of {present} classes are too small for {100 * setting.share:g} % and give one "
-        f"image each: {counts.sum() / available.sum():.1%} of the labels in all"
-    )
+        short = present[present < setting.shots]
+        what = f"have fewer than {setting.shots} training images (the fewest: {short.min(initial=setting.shots or 0)})"
+        note = f"{len(short)} of {len(present)} classes {what}; all of theirs are used"
+    else:
+        short = present[setting.share * present < 0.5]
+        share = f"{counts.sum() / available.sum():.1%} of the labels in all"
+        what = f"are too small for {100 * setting.share:g} % and give one image each: {share}"
+        note = f"{len(short)} of {len(present)} classes {what}"
+    return note if len(short) else ""

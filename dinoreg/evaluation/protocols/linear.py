@@ -2,6 +2,11 @@
 DINOv2 appendix B.3 and its code: heads over learning rates, last blocks and pooling; SGD, momentum 0.9 and a cosine to
 zero, random resized crops and flips. The published figure is that of the best head *on the reported split*: a row
 chosen so says so, and `linear.choose_on=train` chooses on held-out images instead.
+
+The attention probe is a grid, too: a learnt query gathers patch tokens and the class token for a linear classifier. It
+shows what is in the patches and not in the class token (as in CAPI, arXiv 2502.08769). The best of its rates is chosen
+on held-out training images. The tokens of all images are too many to be kept: they are encoded when they are needed,
+unless they are few.
 """
 
 import math
@@ -15,36 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
-from dinoreg.evaluation.dense.windows import shuffled, training_stream
+from dinoreg.evaluation.dense.windows import shuffled, training_batches
 from dinoreg.evaluation.features.cache import extract_features, slots
 from dinoreg.evaluation.features.images import Picture, cropped, read_picture, resized, size_of, stack_images, to_array
-from dinoreg.evaluation.protocols.classification import (
-    METRICS,
-    accuracy_row,
-    accuracy_rows,
-    draw_mistakes,
-    labelled_folds,
-)
-from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.measurement import (
-    OFFICIAL,
-    REPORTED,
-    Fold,
-    Measurement,
-    choose_best,
-    learnt_from,
-    per_fold,
-)
+from dinoreg.evaluation.protocols import classification
+from dinoreg.evaluation.protocols.classification import RESIZE
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Fold, Measurement, choose_best, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.runtime.parallel import parallel
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the area, width over height
 HELD_OUT = 0.1  # of train, for choosing the head where the reported split is not to be looked at
 CHUNK = 4096  # rows of features that are scored at once
+HEAD_DIM = 64  # of one of the heads of the attention probe's query, about
+KEPT_TOKENS = 1 << 30  # bytes of a split's tokens that are kept
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,11 @@ def evaluate(measured: Measurement) -> list[Row]:
     return grid_rows(measured, "linear", Grid)
 
 
+def attention(measured: Measurement) -> list[Row]:
+    """The rows of the attention heads, as `grid_rows`."""
+    return grid_rows(measured, "attention", AttentionGrid)
+
+
 def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> list[Row]:
     """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings.
 
@@ -74,11 +73,11 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
 
     Accuracy in [0, 1]. Raises as `labelled_folds` and `extract_features`, and RunError where every head diverges.
     """
-    test, folds = labelled_folds(measured)
-    titles = [f"{name}, fold {number} of {len(folds)}" for number in range(1, len(folds) + 1)]
-    chosen = getattr(measured.options, name)
-    learn = partial(kind_of_grid.of, measured, chosen)
-    grids = [learn(*each) for each in zip(folds, titles if len(folds) > 1 else [name])]
+    test, folds = classification.labelled_folds(measured)
+    chosen, grids = getattr(measured.options, name), list[Grid]()
+    for number, fold in enumerate(folds, 1):
+        title = f"{name}, fold {number} of {len(folds)}" if len(folds) > 1 else name
+        grids.append(kind_of_grid.of(measured, chosen, fold, title))
     grid, chosen_on = grids[0], grids[0].chosen_on
 
     def pooled(kind: Kind | None) -> tuple[np.ndarray, str | list[str]]:
@@ -90,7 +89,7 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
         return predicted, per_fold(names)
 
     predicted, best = pooled(None)
-    draw_mistakes(measured, test, predicted, name)
+    classification.draw_mistakes(measured, test, predicted, name)
     settings = {
         "steps": grid.steps,
         "batch_size": grid.batch_size,
@@ -102,13 +101,13 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
     }
     shared: dict[str, Any] = {
         "chosen_on": chosen_on + ", as published" * (chosen_on == REPORTED),
-        "n_train": learnt_from([len(each.rows) for each in grids]),
+        "n_train": round(np.mean([len(each.rows) for each in grids])),
     }
-    rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
+    rows = classification.accuracy_rows(measured, test, predicted, settings=settings, **shared)
     for kind in grid.kinds if len(grid.kinds) > 1 else ():
         predicted, best = pooled(kind)
         fields = {"variant": str(kind), "settings": {"best": best}, **shared}
-        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, **fields))
+        rows.append(classification.accuracy_row(measured, test, predicted, measured.task.metric, **fields))
     return rows
 
 
@@ -116,7 +115,6 @@ class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
     rows        (m,) indices into the training split of the images that the heads learn from
-    name        of the saved state
     kinds       of input; the heads of one kind, which differ by their rate, are one linear map side by side
     maps        {kind: its heads' map to (rates x classes) logits}, once trained
     said        {head: classes (n,) int64} of the test images
@@ -133,17 +131,8 @@ class Grid:
     validation: dict[str, float] | None = None
     chosen_on: str
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        train: Labelled,
-        rows: np.ndarray,
-        options: Any,
-        context: Context,
-        name: str = "linear",
-    ) -> None:
+    def __init__(self, encoder: Encoder, train: Labelled, rows: np.ndarray, options: Any, context: Context) -> None:
         self.encoder, self.split, self.rows, self.options, self.context = encoder, train, rows, options, context
-        self.name = name
         self.batch_size = min(options.batch_size, len(rows))
         self.rates = [lr * (self.batch_size / 256) for lr in options.lrs]
         self.kinds = self.inputs_of(options)
@@ -159,16 +148,16 @@ class Grid:
         held_out = np.zeros(len(train), dtype=bool)
         if val is None and chosen.choose_on == "train":
             held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
-        grid = cls(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
+        grid = cls(measured.encoder, train, np.flatnonzero(~held_out), chosen, context)
         features = grid.features(test, "test")
-        grid.train(features.shape[2])
-        grid.reported, grid.said = grid.scores(features, test.labels, metric)
+        grid.train(features.shape[2], name)
+        grid.reported, grid.said, _ = grid.scores(features, test.labels, metric)
         if val is not None:
-            grid.validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
+            grid.validation, _, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
         elif held_out.any():
-            known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
-            scores, _ = grid.scores(known, train.labels, metric, rows)
-            loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
+            known = grid.features(train, "train")
+            # A tenth of a small set tells few heads apart.
+            scores, _, loss = grid.scores(known, train.labels, metric, np.flatnonzero(held_out))
             grid.validation = {name: scores[name] for name in sorted(scores, key=lambda name: loss[name])}
             words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
         grid.chosen_on = choose_best(grid.reported, grid.validation, words)[1]
@@ -205,10 +194,8 @@ class Grid:
 
     def logits(self, x: Tensor) -> dict[Any, Tensor]:
         """Every head's logits: {kind: (b, rates, classes)} of features (b, slots, D)."""
-        shape = (len(x), len(self.options.lrs), self.split.num_classes)
-        return {
-            kind: linear(x[:, kind.slots(self.deepest)].flatten(1)).view(shape) for kind, linear in self.maps.items()
-        }
+        seen = {kind: each(x[:, kind.slots(self.deepest)].flatten(1)) for kind, each in self.maps.items()}
+        return {kind: each.view(len(x), len(self.options.lrs), -1) for kind, each in seen.items()}
 
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """{head: () its mean cross-entropy times its rate} of features (b, slots, D) with labels (b,) int64.
@@ -218,8 +205,7 @@ class Grid:
         """
         found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
-            truth = labels[:, None].expand(logits.shape[:2])
-            losses = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(dim=0)  # (rates,)
+            losses = _cross_entropies(logits, labels).mean(dim=0)  # (rates,)
             found |= dict(zip(self.names(kind), (losses * losses.new_tensor(self.rates)).unbind()))
         return found
 
@@ -237,21 +223,29 @@ class Grid:
         """An optimizer of the heads of one kind of input."""
         return torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
 
-    def train(self, width: int) -> None:
-        """Train fresh heads over tokens of width D; RunError where all of them diverge."""
+    def train(self, width: int, name: str = "linear") -> None:
+        """Train fresh heads over tokens of width D; RunError where all of them diverge.
+
+        name  of the saved state
+        """
         self.start(width)
         heads = {str(kind): each for kind, each in self.maps.items()}
         optimizers = {key: self.optimize(each) for key, each in heads.items()}
         cached = None if self.options.augment else self.features(self.split, "train")
-        seed, workers = self.context.seed, self.context.workers
-        with training_stream(self._crop, len(self.rows), self.batch_size, self.steps, seed, workers) as stream:
+        crops = training_batches(self._crop, len(self.rows), self.batch_size, self.steps, self.context)
 
-            def losses(step: int) -> dict[str, Tensor]:
-                x, rows = self.stored(cached, step) if cached is not None else self.augmented(stream(step))
-                return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
+        def batches(first: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+            if cached is None:
+                yield from map(self.augmented, crops(first))
+            else:
+                yield from (self.stored(cached, step) for step in range(first, self.steps))
 
-            factor = partial(cosine, steps=self.steps)
-            train_heads(heads, optimizers, losses, self.steps, factor, self.context, self.name)
+        def losses(step: int, batch: tuple[Tensor, np.ndarray]) -> dict[str, Tensor]:
+            x, rows = batch
+            return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
+
+        factor = partial(cosine, steps=self.steps)
+        train_heads(heads, optimizers, batches, losses, self.steps, factor, self.context, name)
 
     def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
         """Cached features (b, slots, D) float32 of the training images of a step, and their indices (b,) in the split.
@@ -283,8 +277,9 @@ class Grid:
     @torch.no_grad()
     def scores(
         self, features: np.ndarray, labels: np.ndarray, metric: str, rows: np.ndarray | None = None
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The accuracy in [0, 1] of every head, -1 for one whose logits are not finite, and its classes (m,) int64.
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, float]]:
+        """Of every head the accuracy in [0, 1], -1 where a logit is not finite, its classes (m,) int64, and its mean
+        cross-entropy, infinite where it is not finite.
 
         features, labels  (n, slots, D) and (n,)
         metric            "top-1", else mean per class
@@ -292,41 +287,33 @@ class Grid:
         """
         rows = np.arange(len(labels)) if rows is None else rows
         parts: dict[str, list[np.ndarray]] = {name: [] for kind in self.kinds for name in self.names(kind)}
-        broken = set[str]()
-        for x in self._chunks(features, rows):
+        broken, losses = set[str](), dict.fromkeys(parts, 0.0)
+        for some in np.split(rows, range(self.chunk, len(rows), self.chunk)):
+            x = torch.from_numpy(features[some].astype(np.float32)).to(self.encoder.device)
             for kind, logits in self.logits(x).items():
+                total = _cross_entropies(logits, torch.from_numpy(labels[some]).to(x.device)).double().sum(dim=0)
                 finite = torch.isfinite(logits).all(dim=-1).all(dim=0).tolist()
                 logits[..., self.no_answers] = -torch.inf
-                for name, classes, sound in zip(self.names(kind), logits.argmax(dim=-1).T.cpu().numpy(), finite):
+                said = logits.argmax(dim=-1).T.cpu().numpy()
+                for name, classes, sound, loss in zip(self.names(kind), said, finite, total.tolist()):
                     parts[name].append(classes)
+                    losses[name] += loss
                     broken |= set() if sound else {name}
-        score = METRICS[metric]
-        said = {name: np.concatenate(each) for name, each in parts.items()}
-        return {name: -1.0 if name in broken else score(each, labels[rows]) for name, each in said.items()}, said
-
-    @torch.no_grad()
-    def mean_losses(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        """{head: mean cross-entropy, infinite where it is not finite} of the rows (m,) of features and labels."""
-        total = {kind: torch.zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
-        for start, x in zip(range(0, len(rows), self.chunk), self._chunks(features, rows)):
-            truth = torch.from_numpy(labels[rows[start : start + self.chunk]]).to(x.device)[:, None]
-            for kind, logits in self.logits(x).items():
-                each = F.cross_entropy(logits.transpose(1, 2), truth.expand(logits.shape[:2]), reduction="none")
-                total[kind] += each.double().sum(dim=0).cpu()
-        names = [name for kind in self.kinds for name in self.names(kind)]
-        means = torch.cat(list(total.values())).nan_to_num(nan=torch.inf) / len(rows)
-        return dict(zip(names, means.tolist()))
-
-    def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
-        """(b, slots, D) float32 on the device, of some rows in order."""
-        for start in range(0, len(rows), self.chunk):
-            values = features[rows[start : start + self.chunk]].astype(np.float32)
-            yield torch.from_numpy(values).to(self.encoder.device)
+        classes_of = {name: np.concatenate(each) for name, each in parts.items()}
+        score = classification.METRICS[metric]
+        scores = {name: -1.0 if name in broken else score(each, labels[rows]) for name, each in classes_of.items()}
+        means = {name: math.inf if math.isnan(loss) else loss / len(rows) for name, loss in losses.items()}
+        return scores, classes_of, means
 
     def _crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """A random resized crop of one of the images learnt from, flipped half of the time: (S, S, C)."""
         picture = read_picture(self.split.source, int(self.rows[index]))
         return random_resized_crop(picture, self.context.image_size, rng)
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b, rates) of logits (b, rates, classes) with labels (b,)."""
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
 
 
 def random_resized_crop(picture: Picture, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -350,3 +337,72 @@ def random_resized_crop(picture: Picture, size: int, rng: np.random.Generator) -
     # Cropped first, as torchvision does, so that the filter sees no pixels from beyond the crop.
     pixels = to_array(resized(cropped(picture, top, left, h, w), size, size))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
+
+
+class AttentionHead(nn.Module):
+    """One query's multi-head attention over tokens of width D, and a linear classifier of what it gathers.
+
+    The query does not depend on the tokens, so that its product with the keys' map is one vector of width D for each of
+    H heads, and values are mapped after they were gathered: what `nn.MultiheadAttention` computes, for less.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        heads = next(count for count in range(max(dim // HEAD_DIM, 1), 0, -1) if dim % count == 0)
+        self.query = nn.Parameter(torch.randn(heads, dim) / math.sqrt(dim))
+        self.value = nn.Parameter(torch.randn(heads, dim, dim // heads) / math.sqrt(dim))
+        self.classify = nn.Linear(dim, num_classes)
+        nn.init.zeros_(self.classify.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, T, D) -> logits (b, classes)."""
+        weights = (tokens @ self.query.mT).softmax(dim=1)  # (b, T, H)
+        return self.classify(torch.einsum("bhd,hdv->bhv", weights.mT @ tokens, self.value).flatten(1))
+
+
+class Encoded:
+    """The tokens of a split's centre crops, (n, T, D) float32, read and encoded as rows of them are asked for."""
+
+    def __init__(self, grid: Grid, split: Labelled) -> None:
+        self.grid, self.source, self.crop = grid, split.source, grid.context.crop(split.source, RESIZE)
+        self.shape = (len(split), *self[np.arange(1)].shape[1:])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        load, workers = lambda index: self.crop(read_picture(self.source, index)), self.grid.context.workers
+        return self.grid.encoded([*parallel(load, rows.tolist(), workers)]).cpu().numpy()
+
+
+class AttentionGrid(Grid):
+    """Attention heads on one encoder, one for each rate."""
+
+    optimizer = "AdamW, cosine to 0"
+
+    def inputs_of(self, options: Any) -> list[Any]:
+        """All tokens are the only kind of input."""
+        self.rates, self.chunk = [1.0] * len(options.lrs), self.context.batch_size
+        return ["attention"]
+
+    def features(self, split: Labelled, what: str) -> Any:
+        """The tokens of a split: an array where they are few, else encoded again for every use."""
+        encoded = Encoded(self, split)
+        return encoded[np.arange(len(split))] if 4 * math.prod(encoded.shape) <= KEPT_TOKENS else encoded
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The class token, where it has the patches' width, and the patches (b, T, D)."""
+        found = self.encoder.tokens(images)
+        return torch.cat([found.cls[:, None], found.patches], dim=1) if self.encoder.pools else found.patches
+
+    def start(self, width: int) -> None:
+        """Fresh heads over tokens of width D, drawn from the seed."""
+        with seeded(self.context.seed):
+            heads = [AttentionHead(width, self.split.num_classes) for _ in self.options.lrs]
+        self.maps = {"attention": nn.ModuleList(heads).to(self.encoder.device)}
+
+    def optimize(self, heads: Any) -> torch.optim.Optimizer:
+        """AdamW with a rate for each head."""
+        groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, self.options.lrs)]
+        return torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
+
+    def logits(self, x: Tensor) -> dict[Any, Tensor]:
+        """{"attention": (b, rates, classes)} of tokens (b, T, D)."""
+        return {kind: torch.stack([head(x) for head in heads], dim=1) for kind, heads in self.maps.items()}

@@ -37,6 +37,7 @@ L = TypeVar("L", Labelled, MultiLabelled)
 K = TypeVar("K")  # name of a candidate
 T = TypeVar("T")
 
+Loader = Callable[[int], Any]
 OFFICIAL, REPORTED = "the official validation split", "the reported split itself"
 
 
@@ -128,23 +129,15 @@ class Measurement:
         return Row(value=value, low=interval.low, high=interval.high, replicates=replicates, **(shared | fields))
 
 
-def learnt_from(counts: Sequence[int]) -> int:
-    """Images that are learnt from, given their number in each fold: the mean."""
-    return round(sum(counts) / len(counts))
-
-
 def per_fold(values: Sequence[T]) -> T | list[T]:
     """What was chosen, as settings hold it: of a single training by itself, of several folds in a list."""
     return values[0] if len(values) == 1 else list(values)
 
 
 def choose_best(
-    reported: Mapping[K, float],
-    validation: Mapping[K, float] | None = None,
-    chosen_on: str = OFFICIAL,
-    higher_is_better: bool = True,
+    reported: Mapping[K, float], validation: Mapping[K, float] | None = None, chosen_on: str = OFFICIAL
 ) -> tuple[K, str]:
-    """The best candidate (the first of equals), and in words what it was chosen on.
+    """The candidate of the highest score (the first of equals), and in words what it was chosen on.
 
     reported    {candidate: score on the reported split}
     validation  the same on images that are not reported; None: the reported scores decide, and the words say so
@@ -155,18 +148,11 @@ def choose_best(
     if len(reported) == 1:
         return next(iter(reported)), ""
     scores, words = (reported, REPORTED) if validation is None else (validation, chosen_on)
-    sign = 1 if higher_is_better else -1
-    return max(scores, key=lambda key: sign * scores[key] if math.isfinite(scores[key]) else -math.inf), words
+    return max(scores, key=lambda key: scores[key] if math.isfinite(scores[key]) else -math.inf), words
 
 
 def resumable_map(
-    context: Context,
-    name: str,
-    key: object,
-    count: int,
-    compute: Callable[[int, Any], T],
-    what: str,
-    load: Callable[[int], Any] = lambda index: None,
+    context: Context, name: str, key: object, count: int, compute: Callable[[int, Any], T], what: str, load: Loader
 ) -> list[T]:
     """[compute(index, load(index)) for index in range(count)], saved every SAVE_SECONDS and at the end.
 

@@ -7,7 +7,8 @@ loss). Images that show only difficult instances of a class count neither way fo
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dinoreg.evaluation.data import MultiLabelled
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions, equal_features
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, learnt_from, per_fold
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
@@ -39,70 +40,48 @@ def evaluate(measured: Measurement) -> list[Row]:
     chosen, context = measured.options.multilabel, measured.context
     test, folds = measured.folds(MultiLabelled, MISSING)
     names = measured.data.names(test.num_classes)
-    scores, fits = np.empty(test.labels.shape, dtype=np.float32), list[_Fitted]()
+    scores, fits = np.empty(test.labels.shape, dtype=np.float32), []
     for fold in folds:
         fits.append(_fitted(measured, fold))
-        scores[fold.rows] = _scores(fits[-1].model, _rows(measured, fold.test, "test"), measured.encoder.device)
+        scores[fold.rows] = _scores(fits[-1][0].model, _rows(measured, fold.test, "test"), measured.encoder.device)
+    paths, problems, doubts = zip(*fits)
     _draw(measured, test, scores, names)
-    return mean_ap_rows(
-        measured,
-        scores,
-        test,
-        names,
-        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if folds[0].val is None else OFFICIAL,
-        n_train=learnt_from([each.images for each in fits]),
-        n_test=len(test),
-        settings={
-            "C": dict(zip(names, (per_fold(each) for each in zip(*(fit.C.tolist() for fit in fits))))),
-            "path": per_fold([each.path.scores for each in fits]),
-            "image_size": context.image_size,
-            "choice": "each class by its own validation average precision",
-            "converged": all(each.model.converged for each in fits),
-        },
-        note=_note(np.all([each.fitted for each in fits], axis=0), test.labels, names),
-        warnings=fits[0].warnings,
-    )
+    settings = {
+        "C": dict(zip(names, (per_fold(each) for each in zip(*(path.C.tolist() for path in paths))))),
+        "path": per_fold([path.scores for path in paths]),
+        "image_size": context.image_size,
+        "choice": "each class by its own validation average precision",
+        "converged": all(path.model.converged for path in paths),
+    }
+    chosen_on = OFFICIAL if folds[0].val is not None else f"{chosen.validation_share:.0%} of train, seed {context.seed}"
+    fields: dict[str, Any] = {"chosen_on": chosen_on, "n_test": len(test), "settings": settings, "warnings": doubts[0]}
+    fields["n_train"] = round(np.mean([each.data.n for each in problems]))
+    note = _note(np.all([each.fitted.numpy() for each in problems], axis=0), test.labels, names)
+    return mean_ap_rows(measured, scores, test, names, note=note, **fields)
 
 
-class _Fitted(NamedTuple):
-    """The regressions of a training on some images, which classes they learnt (K,) bool, and the chosen C (K,)."""
-
-    model: LogisticModel
-    fitted: np.ndarray
-    C: np.ndarray
-    path: Path
-    images: int
-    warnings: tuple[str, ...]
-
-
-def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> _Fitted:
-    """C chosen for each class on the validation split or on a share of train, and the fit on both."""
+def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, SigmoidProblem, tuple[str, ...]]:
+    """C chosen for each class on the validation split or on a share of train, with the fit on both; doubts of train."""
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
     everything = fit = _rows(measured, fold.train, "train")
-    doubt = equal_features(fold.train.source, fit.parts[0][0], "training")
+    doubts = equal_features(fold.train.source, fit.parts[0][0])
     if fold.val is None:
         fit, held = _held_out(fit, chosen.validation_share, context.seed, fold.train.pictures)
     else:
         held = _rows(measured, fold.val, "val")
         everything = fit + held
-    values = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
-    Cs, path = choose(
-        fit,
-        held,
-        context.progress(values, len(values), "values of C"),
-        patience=chosen.patience,
-        points=METRICS[measured.task.metric],
-        device=device,
-    )
+    Cs, points = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c), METRICS[measured.task.metric]
+    values = context.progress(Cs, len(Cs), "values of C")
+    path = choose(fit, held, values, patience=chosen.patience, points=points, device=device)
     problem = SigmoidProblem(everything, device=device)
-    model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
-    return _Fitted(model, problem.fitted.numpy(), Cs, path, problem.data.n, doubt)
+    model = problem.solve(torch.from_numpy(path.C), path.model, tolerance=FINAL_TOLERANCE)
+    return replace(path, model=model), problem, doubts
 
 
 def choose(
     fit: Rows, held: Rows, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
-) -> tuple[np.ndarray, Path]:
-    """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
+) -> Path:
+    """The path with the C of each class (K,), best by its average precision on `held`.
 
     fit, held  features and their labels (n, K): 1, 0 or -1 (not counted)
     Cs         ascending, above 0
@@ -128,7 +107,7 @@ def choose(
 
     path = walk_path(problem, Cs, judge, decided, patience, PATH_TOLERANCE)
     middle = np.exp(np.median(np.log(path.C[decided])))
-    return np.where(decided, path.C, middle), path
+    return replace(path, C=np.where(decided, path.C, middle))
 
 
 def mean_ap_rows(

@@ -42,15 +42,10 @@ def evaluate(measured: Measurement) -> list[Row]:
         for level, (wanted, neither) in LEVELS.items():
             precisions = average_precisions(cosines, queries.relevance, wanted, neither)
             found = precisions[np.isfinite(precisions)]  # a query that has nothing to find says nothing
-            row = measured.row(
-                float(found.mean()),
-                bootstrap_interval(found, seed=measured.context.seed),
-                variant=f"{kind}, {level}",
-                n_test=len(found),
-                settings={"size": measured.options.retrieval.size},
-                details={"AP": precisions.tolist(), "images": len(database)},
-            )
-            rows.append(row)
+            shared = {"n_test": len(found), "settings": {"size": measured.options.retrieval.size}}
+            shared["details"] = {"AP": precisions.tolist(), "images": len(database)}
+            interval = bootstrap_interval(found, seed=measured.context.seed)
+            rows.append(measured.row(float(found.mean()), interval, variant=f"{kind}, {level}", **shared))
     return rows
 
 

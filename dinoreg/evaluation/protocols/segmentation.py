@@ -14,27 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinoreg.data.display import as_rgb
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
 from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Segmented
+from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.pictures import panel, triptych
-from dinoreg.evaluation.dense.segmentation_head import (
-    LONGEST,
-    MOST_OF_ONE_CLASS,
-    SCALES,
-    LinearHead,
-    distortion,
-    pixel_loss,
-    read_pair,
-    training_crop,
-)
-from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_stream
+from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_batches, upsampling
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import resized, size_of, stack_images, to_array
+from dinoreg.evaluation.features.images import Picture, read_with_truth, resized, size_of, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
@@ -43,7 +36,11 @@ from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import linear, train_heads
 from dinoreg.runtime.errors import UserError
 
-SHORTER = "segmentation.steps"
+SCALES = (0.5, 2.0)  # of training images, times the short side
+LONGEST = 4  # long side at most, in short sides
+MOST_OF_ONE_CLASS = 0.75  # of a training crop
+INIT_STD = 0.01  # of the convolution's weights
+CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
 
 
@@ -67,22 +64,15 @@ def evaluate(measured: Measurement) -> list[Row]:
     best, chosen_on = choose_best(scores(counts), tried)
     probe.draw(heads[best], test)
 
-    def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
-        return miou_row(
-            measured,
-            counts[key],
-            {"train_loss": losses[key]},
-            variant=variant,
-            chosen_on=chosen_on,
-            n_train=len(train),
-            settings=probe.described(key),
-            note=note if math.isfinite(losses[key]) else "its training diverged",
-        )
+    def row(key: str, note: str = "", **fields: Any) -> Row:
+        note = note if math.isfinite(losses[key]) else "its training diverged"
+        shared = {"n_train": len(train), "settings": probe.described(key), "note": note}
+        return miou_row(measured, counts[key], {"train_loss": losses[key]}, **shared, **fields)
 
     if len(heads) == 1:
         return [row(best)]
-    others = [row(key, key, note="the best of these" if key == best else "") for key in heads]
-    return [row(best, f"best of {len(heads)}", chosen_on), *others]
+    others = [row(key, "the best of these" if key == best else "", variant=key) for key in heads]
+    return [row(best, variant=f"best of {len(heads)}", chosen_on=chosen_on), *others]
 
 
 def miou_row(measured: Measurement, counts: Confusion, details: Mapping[str, Any], **fields: Any) -> Row:
@@ -224,8 +214,8 @@ class LinearProbe(Segmenter):
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return training_crop(*read_pair(split, index), size, fill, rng)
 
-        def losses(step: int) -> dict[str, Tensor]:
-            indices, crops = zip(*stream(step))
+        def losses(_step: int, batch: list[tuple[int, tuple[np.ndarray, np.ndarray]]]) -> dict[str, Tensor]:
+            indices, crops = zip(*batch)
             images = stack_images([pixels for pixels, _ in crops])
             labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(encoder.device).long()
             tokens = patch_grid(encoder, images, self.batch_size)
@@ -233,9 +223,9 @@ class LinearProbe(Segmenter):
             return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
         factor = partial(linear, steps=steps, warmup=warmup(settings))
-        with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
-            ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation", shorter=SHORTER)
-        return heads, ended
+        batches = training_batches(load, len(split), settings.batch_size, steps, context)
+        running = (steps, factor, context, "segmentation")
+        return heads, train_heads(heads, optimizers, batches, losses, *running, shorter="segmentation.steps")
 
     def described(self, key: str) -> dict[str, object]:
         """The settings of one head, for its row."""
@@ -254,3 +244,168 @@ class LinearProbe(Segmenter):
             "augmentation": f"scale, crop, horizontal flip, {distortion(self.encoder.in_channels)}",
             "test": f"short side {settings.size}, sliding window, one scale, no flip",
         }
+
+
+class LinearHead(nn.Module):
+    """Batch norm, then one logit per class and patch: (B, D, h, w) -> (B, K, h, w). Weights are drawn from `seed`."""
+
+    def __init__(self, dim: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim)
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        nn.init.normal_(self.classify.weight, std=INIT_STD, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps of patch tokens (B, D, h, w) -> logits (B, K, h, w)."""
+        return self.classify(self.norm(tokens))
+
+
+def upsample(logits: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """Logits on patches -> logits on pixels, bilinear; the padding of the images is cut off.
+
+    logits   (B, K, h, w) on the patches of centrally padded images
+    returns  (B, K, height, width) on the pixels of the images before padding
+    """
+    # As products of matrices, with gradients, two to three times as fast on a CPU as `interpolate`.
+    vertical, horizontal = (torch.from_numpy(upsampling(side, patch_size)).to(logits) for side in (height, width))
+    return vertical @ logits @ horizontal.mT
+
+
+def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
+    """Mean cross-entropy over all pixels of the batch that are not ignored; 0 when all are.
+
+    logits   (B, K, h, w) on the patch grid of the padded crops
+    labels   (B, H, W) int64 in [0, K), 255 where ignored
+    returns  (), differentiable in logits
+    """
+
+    def summed(logits: Tensor, labels: Tensor) -> Tensor:
+        full = upsample(logits, labels.shape[1], labels.shape[2], patch_size)
+        return F.cross_entropy(full, labels, ignore_index=IGNORED, reduction="sum")
+
+    # One image at a time, and in the backward pass again: full-size logits never exist for more than one image.
+    losses = [checkpoint(summed, *each, use_reentrant=False) for each in zip(logits.split(1), labels.split(1))]
+    return torch.stack(losses).sum() / (labels != IGNORED).sum().clamp(min=1)
+
+
+def read_pair(split: Segmented, index: int) -> tuple[Picture, np.ndarray]:
+    """An image and its mask (H, W) uint8; UserError when one is unreadable, sizes differ or a class is out of range."""
+    image, (mask,) = read_with_truth(split, index)
+    wrong = mask[(mask != IGNORED) & (mask >= split.num_classes)]
+    if wrong.size:
+        expected = f"expected 0..{split.num_classes - 1} or {IGNORED}"
+        raise UserError(f"{split.source.name(index)}: its mask has class {wrong[0]}, {expected}")
+    return image, mask.astype(np.uint8, copy=False)
+
+
+def training_crop(
+    image: Picture, mask: np.ndarray, size: int, fill: Sequence[int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random scale, crop, flip and distortion of colours.
+
+    mask     (H, W) uint8 of the image's size
+    size     side of the crop in pixels
+    fill     colour, 0..255 for each channel, of pixels beyond the image; the mask's are 255
+    returns  (size, size, C) uint8, or float32 in 0..255; (size, size) uint8
+    """
+    ratio = rng.uniform(*SCALES)
+    height, width = fit_size(*size_of(image), max(int(size * ratio), 1), max(int(LONGEST * size * ratio), 1))
+    pixels = to_array(resized(image, height, width, "bilinear"))
+    labels = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    top, left = crop_origin(height, width, size, rng, labels, MOST_OF_ONE_CLASS)
+    pixels, labels = pixels[top : top + size, left : left + size], labels[top : top + size, left : left + size]
+    if rng.random() < 0.5:
+        pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+    return pad_to(photometric_distortion(pixels, rng), size, fill), pad_to(labels, size, IGNORED)
+
+
+def crop_origin(
+    height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
+) -> tuple[int, int]:
+    """Top and left in pixels of a random crop of at most (size, size) pixels.
+
+    mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
+          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+    """
+    top = left = 0
+    for _ in range(CROP_TRIES):
+        top = int(rng.integers(0, max(height - size, 0) + 1))
+        left = int(rng.integers(0, max(width - size, 0) + 1))
+        if mask is None:
+            break
+        part = mask[top : top + size, left : left + size]
+        counts = np.bincount(part[part != IGNORED].ravel())
+        if np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum():
+            break
+    return top, left
+
+
+def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
+    """An array padded to (size, size) to the right and below.
+
+    array  (H, W) or (H, W, C), H and W at most `size` pixels
+    value  of the padding: one number, or one for each channel
+    """
+    padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
+    padded[:] = value
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """SSD's distortion of colours (Liu et al., arXiv 1512.02325): each part with probability one half.
+
+    Brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees; contrast before or after the other
+    two. Saturation and hue are left out where there are not three channels.
+
+    image    (H, W, C) uint8, or float32 in 0..255
+    returns  the same
+    """
+    x = image.astype(np.float32)
+    brightness, contrast, saturation, hue = rng.random(4) < 0.5
+    contrast_first = rng.random() < 0.5
+    shift, gain = np.float32(rng.uniform(-32, 32)), np.float32(rng.uniform(0.5, 1.5))
+    colour, turn = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
+    if brightness:
+        x = np.clip(x + shift, 0, 255)
+    if contrast and contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    colourful = image.shape[2] == 3
+    if saturation and colourful:
+        x = scale_saturation(x, colour)
+    if hue and colourful:
+        x = turn_hue(x, turn)
+    if contrast and not contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    return (x + 0.5).astype(np.uint8) if image.dtype == np.uint8 else x
+
+
+def distortion(in_channels: int) -> str:
+    """What `photometric_distortion` does to pictures of so many channels, in words."""
+    kept = "" if in_channels == 3 else f" (no saturation and hue, which need 3 channels: there are {in_channels})"
+    return f"photometric distortion{kept}"
+
+
+def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """An image with HSV's saturation times `factor`, at most 1.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
+    value = image.max(axis=2, keepdims=True)
+    reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
+    limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
+    return np.clip(value - (value - image) * np.minimum(np.float32(factor), limit), 0, 255)
+
+
+def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
+    """An image with HSV's hue turned by `degrees`; saturation and value stay.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
+    from torchvision.transforms.v2.functional import adjust_hue  # slow to import, with all its models
+
+    pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
+    return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()

@@ -5,8 +5,8 @@ an interrupted training resumes with the result of an uninterrupted one.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.runtime.errors import RunError
+
+B = TypeVar("B")
 
 
 def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
@@ -46,9 +48,10 @@ def _warm_up(step: int, warmup: int, start: float) -> float:
 
 
 def train_heads(
-    heads: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    losses: Callable[[int], Mapping[str, Tensor]],
+    heads: Mapping[Any, nn.Module],
+    optimizers: Mapping[Any, torch.optim.Optimizer],
+    batches: Callable[[int], Iterable[B]],
+    losses: Callable[[int, B], Mapping[Any, Tensor]],
     steps: int,
     factor: Callable[[int], float],
     context: Context,
@@ -56,11 +59,12 @@ def train_heads(
     clip_grad: float | None = None,
     depends_on: object = (),
     shorter: str = "",
-) -> dict[str, float]:
+) -> dict[Any, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
-    losses      step -> {key: () loss}; it reads the images, runs the backbone without gradients, and the heads with.
-                One for each head, or several where a module holds several heads side by side
+    batches     step -> what each step from that one on learns from
+    losses      (step, batch) -> {key: () loss}; it runs the backbone without gradients, and the heads with. One for
+                each head, or several where a module holds several heads side by side
     factor      step -> what each optimizer's own rate is multiplied by
     name        of the saved state, distinct within the evaluation
     clip_grad   largest gradient norm of a head; None: no clipping
@@ -70,8 +74,8 @@ def train_heads(
     raises      RunError when no loss is finite any more
     """
     saved = SavedState(context, name, (sorted(heads), depends_on))
-    start, broken, tail = 0, set[str](), dict[str, list[float]]()
-    parts: dict[str, Mapping[str, Any]] = {"heads": heads, "optimizers": optimizers}
+    start, broken, tail = 0, set[Any](), dict[Any, list[float]]()
+    parts: dict[str, Mapping[Any, Any]] = {"heads": heads, "optimizers": optimizers}
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
         for part, members in parts.items():
@@ -84,10 +88,11 @@ def train_heads(
 
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     modules = nn.ModuleList(heads.values()).train()
-    for step in context.progress(range(start, steps), steps - start, name + f" (shorter: {shorter}=)" * bool(shorter)):
+    title = name + f" (shorter: {shorter}=)" * bool(shorter)
+    for step, batch in context.progress(zip(range(start, steps), batches(start)), steps - start, title):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
-        found = losses(step)
+        found = losses(step, batch)
         values = torch.stack([loss.detach() for loss in found.values()]).tolist()  # the one wait for the device
         broken |= {key for key, value in zip(found, values) if not math.isfinite(value)}
         if len(broken) == len(found):

@@ -1,0 +1,180 @@
+"""`dinoreg curate` and `dinoreg.curate`: a set of images without copies, its clusters evened, by `embed`'s features.
+
+Near-duplicates are groups of images that a chain of cosines above a threshold joins; each is sought among the images of
+its own and the next cluster, where it must be, so that the time grows with n^2 / clusters. Clusters are k-means's; an
+image of a cluster of n is drawn with a weight of n^-balance (with balance 1 every cluster as often as any other, as in
+Vo et al. 2024, "Automatic data curation for self-supervised learning", arXiv 2405.15613, who cluster hierarchically).
+The features are in memory once.
+"""
+
+import csv
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.checkpoint.atomic import replacing
+from dinoreg.commands.options import CurateOptions
+from dinoreg.data.display import as_rgb
+from dinoreg.data.open import WEIGHT, open_names
+from dinoreg.data.source import Source
+from dinoreg.data.value_range import BadImage
+from dinoreg.export.feature_file import SUFFIXES, read_rows
+from dinoreg.reports.html import Picture, WithPage
+from dinoreg.runtime.dependencies import install
+from dinoreg.runtime.errors import RunError, UserError, reworded
+from dinoreg.runtime.guide import next_lines
+from dinoreg.runtime.printable import print_status
+from dinoreg.visualize.gallery import Gallery, sheet, tile
+
+LIST, COPIES = "curated.csv", "copies.csv"
+NEIGHBOURS = 8  # of each image that are looked at; longer chains join larger groups
+MOST_CLUSTERS = 1000  # unless `clusters` says otherwise
+ROWS, TILES, SIDE = 12, 8, 88  # of a sheet of pictures: groups, images of each, pixels
+
+
+@dataclass(frozen=True, repr=False)
+class Curation(WithPage):
+    """What `dinoreg.curate` wrote: the `list` that `data=` takes, with `data.root`, and the numbers of its `page`.
+
+    record  images, kept, copies, groups of copies, the largest of these, and of each cluster (images that are
+            kept, their share, the share of the draws)
+    """
+
+    list: Path
+    root: str
+    record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<curation: {self.record['kept']:,} of {self.record['images']:,} images, {self.list}>"
+
+
+def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
+    """Curate images by their features; the same as `dinoreg curate features=… out=… key=value …`.
+
+    features  the file that `embed` wrote, with one row an image
+    out       folder of the list, the table of copies and the page
+    options   the command line's keys: threshold=0.95, clusters=0, balance=0.5, seed=0
+    raises    UserError (a ValueError) for wrong options or features, before anything is written
+    """
+    given, gallery = CurateOptions(str(features), str(out), **options), Gallery("curation", Path(out))
+    path = Path(given.features)
+    if path.suffix not in SUFFIXES or not path.is_file():
+        raise UserError(f"features={path}: expected a file that embed wrote, {' or '.join(SUFFIXES)}")
+    with reworded(f"features={path}: is no whole file of features", Exception):
+        values, names = read_rows(path)
+    if values.ndim != 2 or len(values) < 2:
+        raise UserError(f"features={path}: rows of {values.shape}, expected one of an image, of two or more images")
+    values = values.astype(np.float32)
+    values -= values.mean(axis=0)  # what all images share says nothing of two of them
+    values /= np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
+    source, root, entries = open_names(names)
+    clusters, second = _clusters(values, given)
+    first = _first_copies(values, clusters, second, given.threshold)  # (n,)
+    kept, groups = first == np.arange(len(first)), np.bincount(first)
+    sizes = np.bincount(clusters[kept], minlength=clusters.max() + 1)
+    weights = sizes.clip(1) ** -given.balance
+    weights *= kept.sum() / (weights @ sizes)  # 1 on average
+    with reworded(f"out={out}: cannot be written", OSError, into=RunError):
+        gallery.folder.mkdir(parents=True, exist_ok=True)
+        rows, copies = np.flatnonzero(kept), np.flatnonzero(~kept)
+        drawn = ((entries[row], f"{weights[clusters[row]]:.6g}", clusters[row]) for row in rows)
+        _write(gallery.out / LIST, ("path", WEIGHT, "cluster"), drawn)
+        _write(gallery.out / COPIES, ("path", "copy_of"), ((entries[row], entries[first[row]]) for row in copies))
+    order = [each for each in np.argsort(sizes, kind="stable").tolist() if sizes[each]]
+    record = {
+        "images": len(names),
+        "kept": len(rows),
+        "copies": len(copies),
+        "groups": int((groups > 1).sum()),
+        "largest": int(groups.max()),
+        "clusters": [
+            (int(sizes[each]), sizes[each] / len(rows), weights[each] * sizes[each] / len(rows)) for each in order
+        ],
+        **{key: getattr(given, key) for key in ("threshold", "balance", "seed")},
+    }
+    largest = [np.flatnonzero(first == row) for row in np.argsort(-groups, kind="stable")[:ROWS] if groups[row] > 1]
+    ends = [
+        [np.flatnonzero(kept & (clusters == each)) for each in some] for some in (order[:ROWS], order[: -ROWS - 1 : -1])
+    ]
+    drawings = {
+        name: _sheet(gallery, name, source, shown, f"images of {words}")
+        for name, shown, words in zip(("same", "rare", "common"), (largest, *ends), ("copies", "small", "large"))
+    }
+    page = gallery.write_page(f"Curation of {path.name}", record, "commands", **record, **drawings)
+    return Curation(page, gallery.out / LIST, root, record)
+
+
+def curate_command(options: CurateOptions) -> None:
+    """Run `dinoreg curate`: write the list and the page, and print what to do with them."""
+    found = curate(**vars(options))
+    record = found.record
+    kept = f"{record['kept']:,} of {record['images']:,} images in {len(record['clusters']):,} clusters"
+    print(
+        f"list: {found.list}, {kept}; copies left out: {record['copies']:,} of {record['groups']:,}\npage: {found.page}"
+    )
+    for line in next_lines("curated", {"data": found.list, "root": found.root}):
+        print_status(line)
+
+
+def _clusters(values: np.ndarray, options: CurateOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The cluster of each row (n,), and the next one (n,)."""
+    with reworded(f"curate needs scikit-learn: {install('scikit-learn')}", ImportError):
+        from sklearn.cluster import MiniBatchKMeans
+    number = options.clusters or min(max(2, round(len(values) ** 0.5)), MOST_CLUSTERS)
+    if number > len(values):
+        raise UserError(f"clusters={number}: more than the {len(values):,} images")
+    means = MiniBatchKMeans(number, random_state=options.seed, batch_size=max(4096, 4 * number), n_init=3)
+    centres = means.fit(values).cluster_centers_
+    nearest = np.empty((len(values), 2), dtype=np.int64)
+    for start in range(0, len(values), 1 << 14):
+        rows = values[start : start + (1 << 14)]
+        distances = (centres**2).sum(axis=1) - 2 * rows @ centres.T
+        nearest[start : start + len(rows), 0] = distances.argmin(axis=1)
+        np.put_along_axis(distances, distances.argmin(axis=1)[:, None], np.inf, axis=1)
+        nearest[start : start + len(rows), 1] = distances.argmin(axis=1)
+    return nearest[:, 0], nearest[:, 1]
+
+
+def _first_copies(values: np.ndarray, clusters: np.ndarray, second: np.ndarray, threshold: float) -> np.ndarray:
+    """The first image (n,) of the group of near-duplicates that each belongs to: itself where it has none before it."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
+    edges = [np.zeros((0, 2), dtype=np.int64)]
+    for cluster in range(int(clusters.max()) + 1):
+        rows = np.flatnonzero((clusters == cluster) | (second == cluster))
+        if len(rows) > 1:
+            search = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(rows)), algorithm="brute").fit(values[rows])
+            distances, found = search.kneighbors(values[rows])
+            near, place = np.nonzero(distances**2 <= 2 * (1 - threshold) + 1e-6)  # of unit vectors
+            edges.append(np.stack([rows[near], rows[found[near, place]]], axis=1))
+    one, other = np.concatenate(edges).T
+    graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(len(values),) * 2)
+    groups = connected_components(graph, directed=False)[1]
+    return np.unique(groups, return_index=True)[1][groups]
+
+
+def _write(path: Path, head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def _sheet(gallery: Gallery, stem: str, source: Source, groups: list[np.ndarray], description: str) -> Picture | None:
+    """Some images of each group in a row, with their number; None where none can be read."""
+    rows, names = [], []
+    for group in groups:
+        tiles = []
+        for index in group[:TILES].tolist():
+            with suppress(BadImage):
+                tiles.append(tile(as_rgb(source.decode(index).permute(1, 2, 0).numpy()), SIDE))
+        if tiles:
+            rows.append(tiles)
+            names.append(f"{len(group):,}")
+    return gallery.picture(stem, sheet(rows, names=names), description) if rows else None

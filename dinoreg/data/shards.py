@@ -1,0 +1,131 @@
+"""Which files `data=` means by a pattern, and which of them are shards: tar archives, or parquet with pictures inside.
+
+`shards-{0000..0099}.tar`, `train-*.parquet`, a folder of these or one of them, as paths or as URLs.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dinoreg.data.folder_index import EXTENSIONS
+from dinoreg.data.split_names import split_of
+from dinoreg.runtime.errors import UserError, readable
+from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.places import ending_of, is_url, names_below, state
+
+SHARDS = (".tar", ".parquet")
+MOST = 1_000_000  # files that a pattern may name
+_THREADS = 8  # files that are looked at together; the time goes into waiting
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class Shards(NamedTuple):
+    """Files that hold pictures.
+
+    root    the folder that all lie below: an absolute path, or a URL
+    names   relative to it, in order
+    ending  of all of them: ".tar" or ".parquet"; ".jpg" for pictures of any kind
+    """
+
+    root: str
+    names: list[str]
+    ending: str
+
+
+def find_shards(spec: str) -> Shards | None:
+    """The shards that a path, a URL or a pattern names, or the pictures that a pattern does; None for anything else.
+
+    raises  UserError for a pattern without a file, and for packed archives or both kinds of shards together
+    """
+    root, patterns = _parted(spec)
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = [pattern] if not _has_pattern(pattern, root) else _matching(root, pattern)
+        names.update(dict.fromkeys(found))
+    if packed := [name for name in names if _PACKED.search(name)]:
+        raise UserError(
+            f"data: {packed[0]} is packed, so that nothing in it can be read by its place; unpack it to .tar"
+        )
+    if not names and has_pattern(spec):
+        raise UserError(f"data: {spec} matches no file")
+    kinds = {".jpg" if ending_of(name) in EXTENSIONS else ending_of(name) for name in names}
+    if len(kinds) > 1 and (has_pattern(spec) or is_folder(spec)):
+        raise UserError(f"data: {spec} names files of several kinds ({', '.join(sorted(kinds))}); say which, as *.tar")
+    kind = next(iter(kinds), "")
+    return Shards(root, list(names), kind) if kind in SHARDS or (kind == ".jpg" and has_pattern(spec)) else None
+
+
+def is_place(spec: str) -> bool:
+    """Whether a spec is a path that exists, a pattern or a URL, and no name."""
+    return is_url(spec) or has_pattern(spec) or os.path.exists(spec)
+
+
+def has_pattern(spec: str) -> bool:
+    """Whether a spec is a pattern, with `*`, `[…]`, `{…}` or in a path `?`, and no file of that very name."""
+    return _has_pattern(spec) and not (not is_url(spec) and os.path.exists(spec))
+
+
+def is_folder(spec: str) -> bool:
+    """Whether a path is a folder; a URL is taken for one that has no ending."""
+    return not has_pattern(spec) and (not ending_of(spec) if is_url(spec) else os.path.isdir(spec))
+
+
+def split_of_shard(name: str) -> str | None:
+    """ "train", "val" or "test" where a shard's name has one of them as a part: `data/train-00000-of-00003.parquet`."""
+    found = {split for part in re.split(r"[-_./]", name) if (split := split_of(part))}
+    return found.pop() if len(found) == 1 else None
+
+
+def states_of(places: Sequence[str]) -> list[tuple[str, int, str]]:
+    """(place, size, what changes with the content) of files; UserError for one that is not there."""
+
+    def about(number: int) -> tuple[str, int, str]:
+        with readable(f"data: {places[number]}"):
+            return (places[number], *state(places[number]))
+
+    return list(parallel(about, range(len(places)), _THREADS))
+
+
+def _has_pattern(text: str, root: str = "") -> bool:
+    return re.search(r"[*\[{]" if is_url(root or text) else r"[*?\[{]", text) is not None
+
+
+def _parted(spec: str) -> tuple[str, list[str]]:
+    """The folder before the first part with a pattern, and the patterns below it, without braces."""
+    url = is_url(spec)
+    if has_pattern(spec):
+        root = re.split(r"[*\[{]" if url else r"[*?\[{]", spec, maxsplit=1)[0].rpartition("/")[0]
+        patterns = _without_braces(spec[len(root) :].lstrip("/") if root else spec)
+    elif is_folder(spec):
+        listing = [name for name in names_below(spec) if ending_of(name) in SHARDS] if url else []
+        root, patterns = spec, listing or [f"**/*{ending}" for ending in SHARDS] * (not url)
+    else:
+        root, _, name = spec.rpartition("/")
+        patterns = [name]
+    return (root if url else os.path.abspath(root or ("/" if spec.startswith("/") else "."))), patterns
+
+
+def _matching(root: str, pattern: str) -> list[str]:
+    if is_url(root):
+        return names_below(root, pattern)
+    with readable(f"data: the folder {root}"):
+        return sorted(glob.glob(pattern, root_dir=root, recursive=True))
+
+
+def _without_braces(text: str) -> list[str]:
+    """What a text with `{a,b}` and `{000..099}` stands for."""
+    match = _BRACES.search(text)
+    if match is None:
+        return [text]
+    choices, numbers = match[1].split(","), _NUMBERS.fullmatch(match[1])
+    if numbers:
+        first, last = map(int, numbers.groups())
+        if last - first >= MOST:
+            raise UserError(f"data: {text} names {last - first + 1:,} files, expected at most {MOST:,}")
+        choices = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
+    ends: Callable[[str], list[str]] = _without_braces
+    return [text[: match.start()] + choice + rest for choice in choices for rest in ends(text[match.end() :])]
