@@ -26,7 +26,7 @@ from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
-from dinoreg.weights.load import load, load_reported, resample_pos_embed
+from dinoreg.weights.load import load, load_reported, resample_pos_embed, select_channels
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
 
@@ -42,11 +42,14 @@ class Source:
     size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
-    def __init__(self, weights: str | Path, size: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self, weights: str | Path, size: int | Sequence[int] | None = None, channels: Sequence[int] | None = None
+    ) -> None:
         """The model that `weights` means (see `dinoreg.load`), its positions resampled to `size` if one is given.
 
-        size    height and width in pixels, or one for both
-        raises  UserError as `dinoreg.load` does, or if the patch size does not divide `size`
+        size      height and width in pixels, or one for both
+        channels  those that it shall take; None: all
+        raises    UserError as `dinoreg.load` and `select_channels` do, or if the patch size does not divide `size`
         """
         self.path, self.size_given = find_weights(weights), size is not None
         self.run: Path | None = None
@@ -60,6 +63,7 @@ class Source:
             self.given = f"{self.path.resolve().parent.name}/{self.path.name}"
             if self.run is not None:
                 self.given = f"{self.run.resolve().name}/{self.path.parent.name}/{self.path.name}"
+        self.model = self.model if channels is None else select_channels(self.model, channels)
         self.preprocessing = Preprocessing.of_model(self.model, self.path)
         if size is not None:
             for extent in (sides := as_pair(size, "size")):

@@ -105,27 +105,30 @@ def view_size(side: int, patch_size: int) -> int:
     return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
 
 
-def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int]) -> Pictures:
-    """Evenly spaced images of a source, normalised for the model.
+def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int], columns: str = "") -> Pictures:
+    """Evenly spaced images of a source, normalised for the model; for a bag of channels each channel is one.
 
-    spec    as for `open_images`; None: the data that the run was trained on
-    num     images at most; None: 8, or every file where files are named one by one
-    size    (height, width) in pixels
-    raises  UserError for num < 1, without any image, and where none can be read
+    spec, columns  as for `open_images`; None: the data that the run was trained on
+    num            images at most; None: 8, or every file where files are named one by one
+    size           (height, width) in pixels
+    raises         UserError for num < 1, without any image, and where none can be read
     """
     if num is not None and num < 1:
         raise UserError(f"num={num}: expected at least 1 image")
     if spec is None:
         source = run_source(subject)
     else:
-        source = open_images(spec)
+        source = open_images(spec, columns=columns)
         source.value_range = subject.encoder.preprocessing.value_range
         num = len(source) if num is None and is_file_list(spec) else num
     found, skipped = crops_of(source, subject.encoder.preprocessing.at(size), num or NUM_IMAGES)
     if not found:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    images = subject.encoder.prepare(to_encoder(list(found.values())))
-    return Pictures(images, tuple(map(source.name, found)), tuple(skipped))
+    images, names = subject.encoder.prepare(to_encoder(list(found.values()))), [*map(source.name, found)]
+    if subject.own is not subject.encoder:
+        names = [f"{name}, channel {channel}" for name in names for channel in range(images.shape[1])]
+        images = images.flatten(0, 1).unsqueeze(1)
+    return Pictures(images, tuple(names), tuple(skipped))
 
 
 def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[dict[int, Tensor], list[tuple[str, str]]]:

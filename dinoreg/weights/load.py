@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CHANNEL_WAYS = ("mean", "repeat", "zero")
 PROJECTION = "patch_embed.proj.weight"
+_PER_CHANNEL = {"mean": 1, "std": 1, "range": 2}  # numbers that a preprocessing has for each
 
 
 class LoadReport:
@@ -65,7 +66,7 @@ class LoadReport:
             resampling = theirs["antialias"], theirs["position_offset"]
             state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
             self.reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
-        before, after = theirs["in_channels"], model.in_channels
+        before, after = state[key].shape[1], model.patch_embed.proj.in_channels
         if before != after:
             if adapt_channels is None:
                 how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how (in a run: adapt.channels)"
@@ -173,19 +174,22 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
     """A copy of a model that takes some of its image channels, in any order, and the statistics of these.
 
     It computes what the model does where the other channels are at their mean, which `augment.channel_drop` trains for.
+    Of a bag of channels, what it does of these; with one of them it is the plain network of one channel.
 
     chosen  indices of channels, from 0, each once
     raises  UserError for channels that the model does not have, for one that is named twice, and for none
     """
     if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(model.in_channels)}:
         raise UserError(f"channels={list(chosen)}: expected some of 0 to {model.in_channels - 1}, each once")
+    options = {"in_channels": len(chosen)} | ({"channels": "joint"} if len(chosen) == 1 else {})
     with torch.device("meta"):
-        selected = RegisterViT(**(model.architecture() | {"in_channels": len(chosen)}))
+        selected = RegisterViT(**(model.architecture() | options))
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
+    if model.channels == "joint":
+        state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
     selected.load_state_dict(state, assign=True)
     stated = dict(model.preprocessing or {})
-    for key, each in (("mean", 1), ("std", 1), ("range", 2)):
+    for key, each in _PER_CHANNEL.items():
         values = stated.get(key)
         if isinstance(values, Sequence) and len(values) == each * model.in_channels:
             stated[key] = [values[each * channel + part] for channel in chosen for part in range(each)]
@@ -225,8 +229,10 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:
     """What the weights state of pictures, as far as it fits the model, whose size and channels may be others."""
     stated = dict(weights.preprocessing)
-    if theirs["in_channels"] != model.in_channels:
-        stated = {key: value for key, value in stated.items() if key not in ("mean", "std", "range")}
+    for key, each in _PER_CHANNEL.items() if theirs["in_channels"] != model.in_channels else ():
+        values = stated.pop(key, None)
+        if model.channels != "joint" and isinstance(values, list) and values == values[:each] * (len(values) // each):
+            stated[key] = values[:each]  # one for all channels, and so for any
     sides, short = as_sides(stated.get("image_size")), stated.pop("short_side", None)
     if sides and model.image_size != tuple(theirs["image_size"]):
         stated["image_size"] = list(model.image_size)

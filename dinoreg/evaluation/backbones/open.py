@@ -47,10 +47,15 @@ class Opened(NamedTuple):
         return self.encoder.name
 
     @property
-    def model(self) -> RegisterViT:
-        """The network of an encoder that is one of ours, as those of `open_native` are."""
+    def own(self) -> NativeEncoder:
+        """An encoder that is one of ours, as those of `open_native` are; of a bag of channels that of one of them."""
         assert isinstance(self.encoder, NativeEncoder)
-        return self.encoder.module
+        return self.encoder.of_one_channel
+
+    @property
+    def model(self) -> RegisterViT:
+        """The network of `own`."""
+        return self.own.module
 
 
 def open_model(model: Any, device: str, precision: str) -> Opened:
