@@ -16,6 +16,7 @@ from typing import Any
 from dinoreg.config.option import Options, check, flat, fraction, option, output, section
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -90,9 +91,7 @@ class LossConfig(Options, section="loss"):
     diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     gram_weight: float = option(0.0, "of patches' cosines to one another, held to an earlier teacher's (Gram)", low=0)
-    gram_size: int | None = option(
-        None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
-    )
+    gram_size: int | None = option(None, "at which that teacher sees them; none: as the student", unit="pixel", low=1)
     paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
@@ -238,7 +237,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
+    shard: int | None = option(None, "fsdp: processes sharing a state; none: all; fewer: HSDP", unit="process", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
@@ -430,10 +429,7 @@ def _check_model(config: Config) -> None:
     sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
     sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
     for key, size in sizes:
-        below = size // patch * patch
-        nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
-        multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
-        check(size % patch == 0, key, size, multiple)
+        check(size % patch == 0, key, size, multiples(size, patch))
     depth = config.model.depth or named["depth"]
     check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]

@@ -23,6 +23,7 @@ from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 Images = str | Sequence[str] | None  # as `open_images` takes them; None: the data that the run was trained on
 NUM_IMAGES = 8
@@ -94,14 +95,8 @@ def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) ->
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     for side in (height, width):
         if side < patch or side % patch:
-            raise UserError(f"size={side}: {multiples(side, patch)}")
+            raise UserError(f"size={side}: expected {multiples(side, patch)}")
     return height, width
-
-
-def multiples(side: int, patch: int) -> str:
-    """The end of a message on a side, in pixels, that the patch size does not divide: which ones near it would do."""
-    below = max(side // patch, 1) * patch
-    return f"expected a multiple of the patch size {patch}, as {below} or {below + patch}"
 
 
 def view_size(side: int, patch_size: int) -> int:
@@ -138,20 +133,13 @@ def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[in
 
 def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[dict[int, Tensor], list[tuple[str, str]]]:
     """{index: crop (C, H, W)} of evenly spaced images, `num` at most, and (name, reason) of unreadable ones."""
-    crops, skipped = {}, []
-    for index in evenly_spaced(len(source), num):
+    crops, skipped, total = {}, [], len(source)
+    for index in range(total) if total <= num else [total * (2 * each + 1) // (2 * num) for each in range(num)]:
         try:
             crops[index] = preprocessing.crop(source.decode(index, len(preprocessing.mean)))
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))
     return crops, skipped
-
-
-def evenly_spaced(total: int, count: int) -> Sequence[int]:
-    """`count` of the indices below `total`, ascending at equal distances, or all of them where there are no more."""
-    if total <= count:
-        return range(total)
-    return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
 def run_source(subject: Opened) -> Source:

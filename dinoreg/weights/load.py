@@ -10,7 +10,7 @@ the new size.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class LoadReport:
     """The tensors of a file, adapted to a model, and what was done with every one of them and of the model.
 
     weights   the content of the file
+    model     adapted to, which has the weights when it was loaded
     state     the tensors by name, without added registers and a missing mask token, which the caller initialises
     loaded    names of the tensors taken as they are
     reshaped  "pos_embed: 16x16 -> 37x37"
@@ -77,7 +78,8 @@ class LoadReport:
         source = SOURCES[weights.source]
         was, now = describe_positions(theirs), describe_positions(ours)
         reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
-        self.weights, self.state, self.positions = weights, state, f"positions are {now}, {reason}"
+        self.weights, self.model, self.state = weights, model, state
+        self.positions = f"positions are {now}, {reason}"
         self.grafted = f"register_tokens: {grafts} fresh registers" if grafts else ""
         self.loaded = [key for key, value in weights.backbone.items() if state[key] is value]
 
@@ -116,17 +118,10 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     return report
 
 
-class Loaded(NamedTuple):
-    """A model with weights, and the report on its tensors."""
-
-    model: RegisterViT
-    report: LoadReport
-
-
 def load_reported(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
-) -> Loaded:
-    """As `load`, but with a report, and only for weights that exist (UserError otherwise)."""
+) -> LoadReport:
+    """As `load`, but a report with the model, and only for weights that exist (UserError otherwise)."""
     _check_options(overrides)
     weights = Weights(source)
     theirs = weights.architecture(overrides.get("heads"))
@@ -144,7 +139,8 @@ def load_reported(
     changed = bool(report.reshaped or report.adapted or report.grafted or weights.others)
     changed |= "stated_by" in weights.preprocessing  # a library's words, which ours stand for
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
-    return Loaded(model.to(device).eval().requires_grad_(True), report)
+    report.model = model.to(device).eval().requires_grad_(True)
+    return report
 
 
 def load(
@@ -226,10 +222,8 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):
-        raise UserError(
-            f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
-            "registers are only grafted onto a backbone that has none"
-        )
+        differ = f"num_registers is {a['num_registers']}, {whose} {b['num_registers']}"
+        raise UserError(f"weights {path}: {differ}; registers are only grafted onto a backbone that has none")
 
 
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:

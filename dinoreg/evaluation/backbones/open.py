@@ -131,8 +131,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
-    if loaded.report.weights.others:  # the file holds several networks
-        name = f"{name} ({loaded.report.weights.where})"
+    if loaded.weights.others:  # the file holds several networks
+        name = f"{name} ({loaded.weights.where})"
     encoder = NativeEncoder(loaded.model, name, Preprocessing.of_model(loaded.model, file), device, dtype)
     encoder.watched = None if run is None or step is None else watched_in(run, step)
     return Opened(encoder, run, step or 0)
