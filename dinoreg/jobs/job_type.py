@@ -4,6 +4,7 @@ Jobs run ordinary command lines: a declaration states the command lines, their d
 dinoreg finds declarations by name or path; they import this module.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
