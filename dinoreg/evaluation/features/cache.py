@@ -152,8 +152,8 @@ def extract_rows(
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
     load         image -> (h, w, C) uint8, or float32 in 0..255, all of one size; runs ahead in threads
-    compute     batch (b, C, h, w) uint8 or float32 in 0..1 -> (b, ...), a row for each image
-    batch_size  images of a batch; 0: the context's
+    compute      batch (b, C, h, w) uint8 or float32 in 0..1 -> (b, ...), a row for each image
+    batch_size   images of a batch; 0: the context's
     what         is shown beside the progress
     advice       behind the message that the disk is full
     raises       RunError naming the first image whose row is not finite, or where the disk is too small
