@@ -259,8 +259,8 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
     def compute(images: Tensor) -> Tensor:
         return F.normalize(encoder.tokens(images).patches.float(), dim=-1)
 
-    how = {"batch_size": batch_size, "advice": "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"}
-    return extract_rows(context, path, encoder, source, load, compute, what="tokens of frames", **how)
+    what, advice = "tokens of frames", "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"
+    return extract_rows(context, path, encoder, source, load, compute, what=what, batch_size=batch_size, advice=advice)
 
 
 def forget_tokens(context: Context) -> None:

@@ -5,9 +5,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from dinoreg.data.decode import pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import ChosenSource, PathSource, Source
-from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
+from dinoreg.evaluation.data import Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
@@ -164,23 +163,6 @@ def labelled(
     return Labelled(paths_source(folder, (path for _, path in rows), dataset), np.array(labels), len(classes))
 
 
-S = TypeVar("S", Segmented, DepthMaps)
-Read = Callable[[Path, Path], np.ndarray]
-
-
-def paired(kind: Callable[..., S], images: PathSource, truths: PathSource, read: Read) -> S:
-    """Images with a map over the pixels of each, in files of their own that are read on access.
-
-    kind  Segmented or DepthMaps, given its images, `truth` and `stamp`
-    read  (one of `truths`, its image) -> (H, W)
-    """
-
-    def truth(index: int) -> np.ndarray:
-        return read(Path(truths.name(index)), Path(images.name(index)))
-
-    return kind(images, truth, stamp=truths.stamp())
-
-
 def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
     """Images `NAME.jpg` with masks `NAME.png`.
 
@@ -189,8 +171,11 @@ def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, v
     """
     source = paths_source(images, (f"{name}.jpg" for name in names), dataset)
     truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
-    read = partial(read_mask, classes=classes, void=void, dataset=dataset)
-    return paired(partial(Segmented, num_classes=len(classes)), source, truths, read)
+
+    def mask(index: int) -> np.ndarray:
+        return read_mask(Path(truths.name(index)), Path(source.name(index)), classes, void, dataset)
+
+    return Segmented(source, mask, len(classes), truths.stamp())
 
 
 def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict[str, np.ndarray]:
