@@ -24,7 +24,7 @@ from dinoreg.losses.distill import distill_loss, resample_tokens
 from dinoreg.models.vit import RegisterViT
 from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import describe
-from dinoreg.plan.memory import checkpoint_size, memory_of, operations_of
+from dinoreg.plan.memory import checkpoint_of, memory_of, operations_of
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.loop import pretrain
@@ -162,7 +162,7 @@ def test_a_run_on_the_command_line_learns_and_exports_a_plain_backbone(first: Pa
     # What is exported is the moving average, without the projections.
     found = load_reported(out)
     assert (found.model.dim, found.model.patch_size, found.model.num_registers) == (48, 16, 2)
-    assert {name.partition(".")[0] for name in found.report.weights.left_out} == {"distill_head"}
+    assert {name.partition(".")[0] for name in found.weights.left_out} == {"distill_head"}
     assert torch.equal(found.model.patch_embed.proj.weight, teacher_of(out, 25)["backbone.patch_embed.proj.weight"])
 
 
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     out = tmp_path / "run"
     for options, message in (
         ({"distill_size": 44}, "distill_size=44: expected a multiple of the patch size 8"),
-        ({"model__in_channels": 1, "distill_size": None}, "takes 3 channels, model.in_channels=1"),
+        ({"model__in_channels": 1, "distill_size": None}, "takes 3 channels, a crop has 1"),
         ({"distill": None}, "distill: missing"),
     ):
         with pytest.raises(UserError, match=message):
@@ -250,4 +250,4 @@ def test_a_plan_counts_the_network_that_is_mean_count(first: Path) -> None:
     assert operations.teacher == 0
     parameters = sum(p.numel() for p in load(first).parameters())
     assert memory.moments[memory.peak]["tutor weights"] == 4 * parameters
-    assert checkpoint_size(job) == 16 * job.sizes.student + 2 * 4 * tutor.encoder.dim
+    assert checkpoint_of(job).size == 16 * job.sizes.student + 2 * 4 * tutor.encoder.dim

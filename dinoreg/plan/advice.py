@@ -12,15 +12,9 @@ from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
 from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
 from dinoreg.plan.traffic import step_of
 
-# In order of preference: the first ones change where tensors are stored, the last one changes the training itself.
-KEYS = (
-    "parallel.strategy",
-    "parallel.reshard",
-    "optim.accumulate",
-    "model.checkpointing",
-    "loss.koleo_ranks",
-    "batch_size",
-)
+# In order of preference: the first ones change where tensors are stored, the others the training itself.
+HARMLESS = ("parallel.strategy", "parallel.reshard", "optim.accumulate", "model.checkpointing")
+OTHERS = ("loss.koleo_ranks", "batch_size")
 FEW_IMAGES = 4  # a micro-batch below this is a last resort
 # What the seconds of an exchange between machines are worth where no device's speed is known.
 _ASSUMED_FLOPS = 1e14
@@ -38,11 +32,7 @@ class Remedy:
     slower: float
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={_text(value)}" for key, value in self.overrides.items())
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return " ".join(f"{key}={value}".lower() for key, value in self.overrides.items())
 
 
 def remedies(job: Job, most: int = 3) -> list[Remedy]:
@@ -51,17 +41,27 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
     Micro-batches of a few images underuse a device, and a smaller batch or another group for KoLeo changes the
     training: these are tried only when nothing else is enough.
     """
-    trials, harmless, others = Trials(job), KEYS[:4], KEYS[4:]
+    batch, too_large = job.config.batch_size, [job]
+
+    def fits(overrides: dict[str, Any]) -> bool:
+        changed = change(job, overrides)
+        if any(_rules_out(other, changed) for other in too_large):
+            return False
+        if not memory_of(changed).fits:
+            too_large.append(changed)
+            return False
+        return True
+
     for extra, fewest in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
-        for count in range(len(harmless) + 1):
+        for count in range(len(HARMLESS) + 1):
             mildest = [
-                next(filter(trials.fits, choices(job, (*keys, *more), fewest)), None)
-                for keys in itertools.combinations(harmless, count)
-                for more in itertools.combinations(others, extra)
+                next(filter(fits, choices(job, (*keys, *more), fewest)), None)
+                for keys in itertools.combinations(HARMLESS, count)
+                for more in itertools.combinations(OTHERS, extra)
             ]
-            found = [trials.remedy(overrides) for overrides in mildest if overrides]
-            if found:
-                return sorted(found, key=lambda remedy: (_change_of_run(job, remedy), remedy.slower))[:most]
+            found = [_remedy(job, overrides) for overrides in mildest if overrides]
+            if found:  # those that leave the batch as it is first
+                return sorted(found, key=lambda each: (-each.overrides.get("batch_size", batch), each.slower))[:most]
     return []
 
 
@@ -70,35 +70,12 @@ def smallest(job: Job) -> Remedy:
     overrides: dict[str, Any] = {"model.checkpointing": True, "batch_size": 1, "optim.accumulate": 1}
     if job.world_size > 1:
         overrides |= {"parallel.strategy": "fsdp", "parallel.reshard": True, "loss.koleo_ranks": 1}
-    return Trials(job).remedy(overrides)
+    return _remedy(job, overrides)
 
 
-def _change_of_run(job: Job, remedy: Remedy) -> float:
-    """The factor by which the batch shrinks, minus 1; 0 where it is unchanged."""
-    return job.config.batch_size / remedy.overrides.get("batch_size", job.config.batch_size) - 1
-
-
-class Trials:
-    """Variants of a job, tested for their memory; one that an earlier failure rules out is not computed."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.too_large = [job]
-
-    def fits(self, overrides: dict[str, Any]) -> bool:
-        """Whether the job fits into the device's memory with these overrides, {dotted key: value}."""
-        changed = change(self.job, overrides)
-        if any(_rules_out(other, changed) for other in self.too_large):
-            return False
-        fits = memory_of(changed).fits
-        if not fits:
-            self.too_large.append(changed)
-        return fits
-
-    def remedy(self, overrides: dict[str, Any]) -> Remedy:
-        """The memory and the relative time of the job with these overrides, as a `Remedy`."""
-        changed = change(self.job, overrides)
-        return Remedy(overrides, memory_of(changed), _seconds(changed) / _seconds(self.job) - 1)
+def _remedy(job: Job, overrides: dict[str, Any]) -> Remedy:
+    changed = change(job, overrides)
+    return Remedy(overrides, memory_of(changed), _seconds(changed) / _seconds(job) - 1)
 
 
 def _rules_out(job: Job, other: Job) -> bool:
@@ -149,25 +126,19 @@ def _values(job: Job, key: str, fewest: int) -> list[Any]:
 
     fewest  smallest number of images of a micro-batch
     """
-    config = job.config
-    batch = config.batch_size
-    if key == "parallel.strategy":
-        return ["fsdp"] if job.strategy == "ddp" else []
-    if key == "parallel.reshard":
-        return [True] if job.world_size > 1 and not config.parallel.reshard else []
-    if key == "model.checkpointing":
-        return [] if config.model.checkpointing else [True]
-    if key == "optim.accumulate":
-        parts = range(config.optim.accumulate + 1, batch // fewest + 1)
-        return [count for count in parts if batch % count == 0]
-    if key == "loss.koleo_ranks":
-        if config.loss.koleo_weight == 0:
-            return []
-        return [ranks for ranks in range(job.koleo_ranks - 1, 0, -1) if job.world_size % ranks == 0]
-    eighths = {batch * part // 8 for part in range(1, 8)} | {
-        batch >> halvings for halvings in range(1, batch.bit_length())
+    config, batch = job.config, job.config.batch_size
+    parts = config.optim.accumulate
+    fewer = {batch * part // 8 for part in range(1, 8)} | {batch >> times for times in range(1, batch.bit_length())}
+    ranks = range(job.koleo_ranks - 1, 0, -1) if config.loss.koleo_weight > 0 else ()
+    values: dict[str, list[Any]] = {
+        "parallel.strategy": ["fsdp"] if job.strategy == "ddp" else [],
+        "parallel.reshard": [True] if job.world_size > 1 and not config.parallel.reshard else [],
+        "model.checkpointing": [] if config.model.checkpointing else [True],
+        "optim.accumulate": [count for count in range(parts + 1, batch // fewest + 1) if batch % count == 0],
+        "loss.koleo_ranks": [count for count in ranks if job.world_size % count == 0],
+        "batch_size": [images for images in sorted(fewer, reverse=True) if images and images % parts == 0],
     }
-    return [images for images in sorted(eighths, reverse=True) if images and images % config.optim.accumulate == 0]
+    return values[key]
 
 
 def change(job: Job, overrides: dict[str, Any]) -> Job:

@@ -147,12 +147,12 @@ class Job:
         masked = int(2 * self.global_batch_size * mask.probability) / (2 * self.global_batch_size)
         low, high = mask.ratio
         share = (low + high) / 2
-        mean = crops * masked * share * patches
+        mean = round(crops * masked * share * patches)
         if not worst:
-            return round(mean)
+            return mean
         square = masked * (share**2 + (high - low) ** 2 / 12)
         variance = max(0.0, square - (masked * share) ** 2) * (1 - images / self.global_batch_size)
-        return min(math.ceil(mean + 3 * patches * math.sqrt(crops * variance)), int(crops * high * patches))
+        return min(mean + math.ceil(3 * patches * math.sqrt(crops * variance)), int(crops * high * patches))
 
     def koleo_operations(self) -> float:
         """Floating-point operations of KoLeo's search on one process in a step: products of all pairs of both views."""

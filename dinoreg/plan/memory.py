@@ -28,6 +28,7 @@ STATE_BYTES = 16
 # Blocks of the two steps that are run in place of a deeper one, and micro-batches in place of more.
 BLOCKS = (3, 5)
 MICRO_BATCHES = (2, 3)
+ROUNDED = 0.001  # share of the masked patches that is not worth a step of its own
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Memory:
     """The memory of one device, in bytes.
 
     moments    {phase of a step, in order: {part: bytes} at its peak}
+    peak       the phase with the largest peak
     context    the CUDA context, libraries and NCCL; on a CPU the process with its libraries
     fragments  allowance for fragmentation of the allocator's memory
     host       CPU memory of one process for crops that are prepared ahead
@@ -45,6 +47,7 @@ class Memory:
     """
 
     moments: dict[str, Parts]
+    peak: str
     context: int
     fragments: int
     host: int
@@ -52,11 +55,6 @@ class Memory:
     probing: int
     available: int
     on_cpu: bool = False
-
-    @property
-    def peak(self) -> str:
-        """The phase of the step with the largest peak."""
-        return _peak(self.moments)
 
     @property
     def allocated(self) -> int:
@@ -73,6 +71,26 @@ class Memory:
     def fits(self) -> bool:
         """Whether the device has enough memory; True where its memory is not known."""
         return self.available == 0 or self.needed <= self.available
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoints of a run.
+
+    size     bytes of one training state, of all processes together
+    teacher  bytes of the teacher file beside it
+    kept     training states on the disk at the end, including the best
+    every    steps between checkpoints
+    seconds  to write one
+    copy     bytes of CPU memory of a process for the copy of its share, to write it while training continues
+    """
+
+    size: int
+    teacher: int
+    kept: int
+    every: int
+    seconds: float
+    copy: int
 
 
 @dataclass(frozen=True)
@@ -105,15 +123,12 @@ def memory_of(job: Job) -> Memory:
     return memory_from(job, step_peaks(job))
 
 
-def _peak(moments: dict[str, Parts]) -> str:
-    return max(moments, key=lambda name: sum(moments[name].values()))
-
-
 def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
     """The memory of a job, from the peaks {phase: {part: bytes}} of its step."""
-    cpu = job.device.kind == "cpu"
-    passing = sum(size for part, size in moments[_peak(moments)].items() if part not in STATE)
-    host, saving = _crops_ahead(job), checkpoint_copy(job) + teacher_file(job)
+    cpu, peak = job.device.kind == "cpu", max(moments, key=lambda name: sum(moments[name].values()))
+    passing = sum(size for part, size in moments[peak].items() if part not in STATE)
+    checkpoint = checkpoint_of(job)
+    host, saving = _crops_ahead(job), checkpoint.copy + checkpoint.teacher
     if cpu:
         workers = num_workers(job.config.data.workers, torch.device("cpu"))
         context = devices.PROCESS_GIB + devices.WORKER_GIB * workers
@@ -124,6 +139,7 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
         fragments = devices.gaps(passing)
     return Memory(
         moments=moments,
+        peak=peak,
         context=int(GIB * context),
         fragments=int(fragments),
         host=host,
@@ -141,7 +157,7 @@ def _crops_ahead(job: Job) -> int:
     clean_size = config.loss.clean_size(crops.global_size) or 0
     pixels = 2 * (crops.global_size**2 + clean_size**2) + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
-    return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
+    return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.crop_channels * each
 
 
 def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
@@ -153,6 +169,7 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
     if config.probe.every == 0:
         return 0
     passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE)
+    passing *= config.model.in_channels // config.model.crop_channels  # of a bag every channel passes
     pixels, images = config.model.in_channels * size**2, min(config.probe.num_images, PROBE_BATCH)
     kept = config.probe.num_images * (1 + (config.probe.general is not None)) * pixels
     kept += MOST_IMAGES * (config.probe.dense is not None) * pixels
@@ -160,70 +177,56 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
     return int(devices.PROBE_GIB * GIB + network) + kept
 
 
-def checkpoint_size(job: Job) -> int:
-    """Bytes of one training state, of all processes together."""
-    anchor = sum(p.numel() for p in job.sizes.networks.backbone.parameters()) if job.config.loss.gram_weight > 0 else 0
-    return STATE_BYTES * job.sizes.student + 4 * (job.sizes.centers + anchor)
-
-
-def checkpoint_copy(job: Job) -> int:
-    """Bytes of the copy of its share that a process makes, to write it while training continues."""
+def checkpoint_of(job: Job, num_steps: int = 1, disk: float = 1.0) -> Checkpoint:
+    """The checkpoints of a run of `num_steps`, written at `disk` GB/s by all processes together."""
+    config, sizes, teacher = job.config, job.sizes, 4 * job.sizes.student
+    anchor = sizes.parameters["backbone"] if config.loss.gram_weight > 0 else 0
+    size = STATE_BYTES * sizes.student + 4 * (sizes.centers + anchor)
     # Each process writes its share of replicated tensors; shards are written by the processes that have them.
     shares = job.shard_size if job.strategy == "fsdp" else job.world_size
-    return checkpoint_size(job) // shares * job.config.checkpoint.asynchronous
-
-
-def teacher_file(job: Job) -> int:
-    """Bytes of a teacher file."""
-    return 4 * job.sizes.student
+    return Checkpoint(
+        size=size,
+        teacher=teacher,
+        kept=config.checkpoint.keep + 1,
+        every=config.checkpoint.period(config.schedule.horizon or num_steps),
+        seconds=(size + teacher) / (disk * 1e9),
+        copy=size // shares * config.checkpoint.asynchronous,
+    )
 
 
 def step_peaks(job: Job) -> dict[str, Parts]:
-    """The peaks {phase: {part: bytes}} of a full step, extrapolated from smaller steps where it is too large to run."""
-    depth, parts = job.sizes.depth, job.config.optim.accumulate
-    blocks, micro_batches = _few(depth, BLOCKS), _few(parts, MICRO_BATCHES)
-    steps = _depths(depth, blocks, micro_batches)
-    if micro_batches < parts:
-        steps += [(parts - micro_batches, blocks, MICRO_BATCHES[1]), (micro_batches - parts, blocks, micro_batches)]
+    """The peaks {phase: {part: bytes}} of a full step, extrapolated from smaller steps where it is too large to run.
+
+    DDP's buckets hold the gradients of all parameters throughout; before the last micro-batch there are separate
+    gradients, too.
+    """
     peaks: dict[str, dict[str, float]] = {}
-    for times, *size in steps:
-        for moment, parts_held in _traced(job, *size).items():
+    for times, blocks, micro_batches in _steps(job):
+        trace, in_buckets = trace_job(job, blocks, _masked(job, micro_batches)), job.strategy == "ddp"
+        found = trace.peaks_without_gradients if in_buckets and micro_batches == 1 else trace.peaks
+        for moment, parts_held in found.items():
             held = peaks.setdefault(moment, defaultdict(float))
             for part, count in parts_held.items():
                 held[part] += times * count
+            if in_buckets:
+                held["gradients"] += times * parts_held["student weights"]
     whole = {moment: {part: round(held[part]) for part in PARTS if part in held} for moment, held in peaks.items()}
     if KOLEO in whole:  # the one part that grows with the square of the batch
         whole[KOLEO]["similarities for KoLeo"] = 8 * (job.koleo_ranks * job.config.batch_size) ** 2
     return whole
 
 
-def _few(count: int, instead: tuple[int, int]) -> int:
-    """`count`, or for a larger one the smaller of the two numbers that are run instead."""
-    return count if count <= instead[1] else instead[0]
+def _steps(job: Job, add_up: bool = False) -> list[tuple[float, int, int]]:
+    """(factor, blocks, micro-batches) of the steps whose weighted sum is a full one, the smallest of them first.
 
-
-def _depths(depth: int, blocks: int, micro_batches: int) -> list[tuple[float, int, int]]:
-    """(factor, blocks, micro-batches) of the steps whose weighted sum is one of `depth` blocks (linear in blocks)."""
-    if blocks == depth:
-        return [(1.0, blocks, micro_batches)]
-    times = (depth - blocks) / (BLOCKS[1] - blocks)
-    return [(1.0 - times, blocks, micro_batches), (times, BLOCKS[1], micro_batches)]
-
-
-def _traced(job: Job, depth: int, micro_batches: int) -> dict[str, Parts]:
-    """The peaks of a step of `depth` blocks and so many micro-batches, the last of which has most masked patches.
-
-    DDP's buckets hold the gradients of all parameters throughout; before the last micro-batch there are separate
-    gradients, too.
+    add_up  whether what blocks need adds up over the micro-batches, as operations do and memory does not
     """
-    trace = trace_job(job, depth, _masked(job, micro_batches))
-    if job.strategy != "ddp":
-        return trace.peaks
-    peaks = trace.peaks if micro_batches > 1 else trace.peaks_without_gradients
-    return {
-        moment: {**parts, "gradients": parts.get("gradients", 0) + parts["student weights"]}
-        for moment, parts in peaks.items()
-    }
+    depth, parts = job.sizes.depth, job.config.optim.accumulate
+    blocks = depth if depth <= BLOCKS[1] else BLOCKS[0]
+    few = parts if parts <= MICRO_BATCHES[1] else MICRO_BATCHES[0]
+    deeper, more = (depth - blocks) / (BLOCKS[1] - BLOCKS[0]) * (parts / few if add_up else 1), parts - few
+    steps = [(1.0 - deeper - more, blocks, few), (deeper, BLOCKS[1], few), (more, blocks, MICRO_BATCHES[1])]
+    return [step for step in steps if step[0]]
 
 
 def _masked(job: Job, micro_batches: int) -> tuple[int, ...]:
@@ -241,11 +244,15 @@ def operations_of(job: Job, worst: bool = False) -> Operations:
 
     worst  with the number of masked patches that `memory_of` assumes, whose steps have been run already
     """
-    depth, parts = job.sizes.depth, _few(job.config.optim.accumulate, MICRO_BATCHES)
-    masked = _masked(job, parts) if worst else (job.masked_patches(job.micro_batch_size),) * parts
+    parts, usual = job.config.optim.accumulate, job.masked_patches(job.micro_batch_size)
+    sizes, most = _steps(job, add_up=True), sum(_masked(job, parts))
+    steps = [(times, trace_job(job, blocks, _masked(job, few)).operations) for times, blocks, few in sizes]
+    if not worst and abs(most - parts * usual) > most * ROUNDED:
+        _, blocks, few = sizes[0]
+        times = (parts * usual - most) / (few * usual - sum(_masked(job, few)))
+        steps += [(times, trace_job(job, blocks, (usual,) * few).operations), (-times, steps[0][1])]
     counts: dict[str, float] = defaultdict(float)
-    for times, blocks, _ in _depths(depth, _few(depth, BLOCKS), parts):
-        for kind, count in trace_job(job if worst else job.alone(), blocks, masked).operations.items():
+    for times, operations in steps:
+        for kind, count in operations.items():
             counts[kind] += times * count
-    images = job.micro_batch_size * parts
-    return Operations(**{name: counts[name] / images for name in Operations.__dataclass_fields__})
+    return Operations(**{name: counts[name] / job.config.batch_size for name in Operations.__dataclass_fields__})

@@ -242,11 +242,13 @@ class Recorder(TorchDispatchMode):
             self._enter(UPDATE)
         out = func(*args, **kwargs)
         self._count(func.overloadpacket, count_operations(func.overloadpacket, args, kwargs, out), out)
-        before = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(out):
+        unknown = [each for each in tree_leaves(out) if isinstance(each, Tensor) and _address(each) not in self._alive]
+        if unknown:
             # A view of what no step has made, such as what positions are resampled with, is no tensor of a step's.
-            if isinstance(tensor, Tensor) and _address(tensor) not in before - self._alive.keys():
-                self.hold(tensor, self._part_of(func, args, tensor))
+            before = {_address(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+            for tensor in unknown:
+                if _address(tensor) not in before:
+                    self.hold(tensor, self._part_of(func, args, tensor))
         if func is aten._foreach_copy_.default and self._part(args[1][0]) in ("student weights", "gathered weights"):
             for tensor in args[0]:
                 self._relabel(tensor, "weights in low precision")

@@ -15,7 +15,7 @@ from dinoreg.plan import devices
 from dinoreg.plan.advice import Remedy
 from dinoreg.plan.devices import gib
 from dinoreg.plan.job import Job
-from dinoreg.plan.memory import Memory, Operations
+from dinoreg.plan.memory import Checkpoint, Memory, Operations
 from dinoreg.plan.recorder import PARTS
 from dinoreg.plan.speed import Speed
 from dinoreg.plan.traffic import Collective, Step, step_of
@@ -85,26 +85,6 @@ class Stage:
             "needed": self.memory.needed,
             "seconds": self.seconds,
         }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The checkpoints of a run.
-
-    size     bytes of one training state, of all processes together
-    teacher  bytes of the teacher file beside it
-    kept     training states on the disk at the end, including the best
-    every    steps between checkpoints
-    seconds  to write one at `disk` GB/s
-    copy     bytes of CPU memory that a process needs to write while training continues
-    """
-
-    size: int
-    teacher: int
-    kept: int
-    every: int
-    seconds: float
-    copy: int
 
 
 @dataclass(frozen=True, repr=False)

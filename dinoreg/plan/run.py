@@ -17,16 +17,8 @@ from dinoreg.data.source import ScenesSource, Source
 from dinoreg.plan.advice import remedies, smallest
 from dinoreg.plan.devices import GIB, Device, cpu_device, find_device, local_device
 from dinoreg.plan.job import Job, describe
-from dinoreg.plan.memory import (
-    Memory,
-    Operations,
-    checkpoint_copy,
-    checkpoint_size,
-    memory_of,
-    operations_of,
-    teacher_file,
-)
-from dinoreg.plan.result import Checkpoint, Plan, Run, Stage
+from dinoreg.plan.memory import Memory, Operations, checkpoint_of, memory_of, operations_of
+from dinoreg.plan.result import Plan, Run, Stage
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.traffic import Step, collectives, step_of
 from dinoreg.runtime.environment import busy, usable_cores
@@ -73,7 +65,10 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     advice = () if needed.fits else tuple(remedies(job))
     if not needed.fits and not advice:
         _refuse(job)
-    stages = tuple(_stage(*each, memory, source, here, options, notes) for each, memory in zip(jobs, memories))
+    stages = []
+    for (each, steps), memory in zip(jobs, memories):
+        speed, loading = _speed(each, memory, here, options, notes), _loading(each, source, notes)
+        stages.append(Stage(each, steps, memory, operations_of(each), speed, loading))
     operations, speed, loading = _means(stages, next(stage.speed for stage in stages if stage.job is job))
     notes += _remarks(job, operations, speed, here)
     step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
@@ -85,11 +80,11 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         exchanges=tuple(collectives(job)),
         step=step,
         run=_run(job, step, num_steps, num_images, loading, here),
-        checkpoint=_checkpoint(job, num_steps, options.disk),
+        checkpoint=checkpoint_of(job, num_steps, options.disk),
         num_images=num_images,
         advice=advice,
         notes=tuple(dict.fromkeys(notes)),
-        stages=stages,
+        stages=tuple(stages),
     )
     if options.out is not None:
         found.write(options.out)
@@ -103,13 +98,6 @@ def _in_stages(job: Job, num_steps: int) -> list[tuple[Job, int]]:
         (replace(job, config=replace(job.config, crops=crops[first])), end - first)
         for first, end in itertools.pairwise([*crops, num_steps])
     ]
-
-
-def _stage(
-    job: Job, steps: int, needed: Memory, source: Source | None, here: bool, options: PlanOptions, notes: list[str]
-) -> Stage:
-    speed = _speed(job, needed, here, options, notes)
-    return Stage(job, steps, needed, operations_of(job), speed, _loading(job, source, notes))
 
 
 def _means(stages: Sequence[Stage], speed: Speed | None) -> tuple[Operations, Speed | None, float | None]:
@@ -256,15 +244,3 @@ def _remarks(job: Job, operations: Operations, speed: Speed | None, here: bool) 
         GIB=GIB,
     )
     return text.splitlines()
-
-
-def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
-    config, size, teacher = job.config, checkpoint_size(job), teacher_file(job)
-    return Checkpoint(
-        size=size,
-        teacher=teacher,
-        kept=config.checkpoint.keep + 1,
-        every=config.checkpoint.period(config.schedule.horizon or num_steps),
-        seconds=(size + teacher) / (disk * 1e9),
-        copy=checkpoint_copy(job),
-    )

@@ -9,6 +9,7 @@ attention saves the same tensors on both. DDP cannot run on fake tensors: such a
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
+from dinoreg.losses import centering, dino
+from dinoreg.models import heads
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
 from dinoreg.plan.step import masked_batch, take_step
@@ -103,7 +106,7 @@ def trace_step(
         raise UserError("a plan for several processes cannot be made inside a process group; make it before")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_pieces_of(device_kind, sum(masked) * config.head.prototypes))
+        stack.enter_context(_few_pieces(device_kind))
         ranks = stack.enter_context(simulated_session(world_size)) if world_size > 1 else ALONE
         sharded = config.parallel.strategy == "fsdp"
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
@@ -171,11 +174,18 @@ def _fake_batch(config: Config, state: TrainState, masked: tuple[int, ...]) -> B
 
 
 @contextmanager
-def _pieces_of(device_kind: str, logits: int) -> Iterator[None]:
-    """A context in which the losses use the piece size of that kind of device, but at most 64 pieces of the logits."""
-    size = tiling.CPU_CHUNK
-    tiling.CPU_CHUNK = max(size, logits // 64) if device_kind == "cpu" else tiling.DEVICE_PIECE
+def _few_pieces(device_kind: str) -> Iterator[None]:
+    """A context in which heads and losses walk through three pieces of a matrix, as large as on that kind of device.
+
+    The others would hold and free the same again; there are no matrix products among them.
+    """
+    size, modules = tiling.CPU_CHUNK, (centering, dino, heads)
+    tiling.CPU_CHUNK = size if device_kind == "cpu" else tiling.DEVICE_PIECE
+    for module in modules:
+        module.chunks = lambda *extent: itertools.islice(tiling.chunks(*extent), 3)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         tiling.CPU_CHUNK = size
+        for module in modules:
+            module.chunks = tiling.chunks  # type: ignore[attr-defined]

@@ -106,21 +106,18 @@ def _weights(job: Job) -> list[Collective]:
     reduced = parts * DTYPES[options.reduce_dtype].itemsize * job.padded()
     found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
     copies = (job.copies, max(1, job.gpus // job.shard_size))
-    found.append(
-        Collective("gradients, all-reduce between copies", reduced // job.shard_size, parts * units, *copies, 2, True)
-    )
-    return found
+    size = reduced // job.shard_size
+    return [*found, Collective("gradients, all-reduce between copies", size, parts * units, *copies, 2, True)]
 
 
 def _statistics(job: Job) -> list[Collective]:
     """The collectives of prototype masses or centres, of KoLeo's class tokens, and of scalars (losses and norms)."""
     loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
     prototypes = sizes.centers  # class tokens and patches are balanced apart
+    found = [Collective("centres, all-reduce", 4 * prototypes, 2, *everyone, 2, False)]
     if loss.centering == "sinkhorn":
         size, calls = 4 * loss.sinkhorn_iterations * prototypes, 2 * (loss.sinkhorn_iterations + 1)
         found = [Collective("Sinkhorn, all-reduce", size, calls, *everyone, 2, False)]
-    else:
-        found = [Collective("centres, all-reduce", 4 * prototypes, 2, *everyone, 2, False)]
     if loss.koleo_weight > 0:
         ranks = job.koleo_ranks
         tokens = 4 * 2 * job.config.batch_size * sizes.dim
