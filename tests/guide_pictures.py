@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,13 @@ def labelled(folder: Path, start: int, count: int, classes: int = 3) -> list[tup
     return rows
 
 
-def table(path: Path, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+def table(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def own_pictures(root: Path) -> None:
-    """Photographs, labels, masks, depth, 16 bits, five channels and a config of one's own, by the guides' names."""
+    """Photographs, labels, masks, depth, 16 bits, other channels and a config of one's own, by the guides' names."""
     scenes: list[Scene] = [render(index, SIDE) for index in range(40)]
     for index, scene in enumerate(scenes):
         save(root / "photos", f"{index:02}.jpg", scene.image)
@@ -55,6 +56,12 @@ def own_pictures(root: Path) -> None:
         (root / "cells").mkdir(exist_ok=True)
         planes = np.stack([np.roll(scene.image[..., 1], shift, 0).astype(np.uint16) * 16 for shift in range(5)])
         tifffile.imwrite(root / "cells" / f"{index:02}.tif", planes, photometric="minisblack")
+        (root / "three").mkdir(exist_ok=True)
+        tifffile.imwrite(root / "three" / f"{index:02}.tif", planes[[0, 2, 3]], photometric="minisblack")
+        save(root / "slides", f"{index:02}.png", scene.image)
+        save(root / "tiles", f"{index:02}.png", np.rot90(scene.image).copy())
+        for band, plane in zip(("RED", "GREEN", "NIR"), planes[:3]):
+            save(root / "fields" / band, f"{index:02}.png", plane)
     save(root / "photos", "a.jpg", scenes[0].image)
     shards(root, root / "photos")
     for index in range(40, 50):
@@ -64,6 +71,9 @@ def own_pictures(root: Path) -> None:
     labelled(root / "general", 2000, 8)
     table(root / "labels.csv", ("path", "label"), [(f"labelled/{name}", kind) for name, kind in rows])
     table(root / "names.csv", ("path", "label"), [(f"{index:02}.jpg", "ab"[index % 2]) for index in range(40)])
+    bands = [[f"{band}/{index:02}.png" for band in ("RED", "GREEN", "NIR")] for index in range(40)]
+    fields = [(*row, ("barley", "maize")[index % 2]) for index, row in enumerate(bands)]
+    table(root / "fields" / "list.csv", ("RED", "GREEN", "NIR", "crop"), fields)
     for index in range(40):
         save(root / "train_images", f"id{index}.png", scenes[index].image)
     table(root / "train.csv", ("id_code", "diagnosis"), [(f"id{index}", str(index % 3)) for index in range(40)])

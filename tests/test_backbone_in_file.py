@@ -87,8 +87,8 @@ def test_every_form_gives_the_bits_of_the_plain_state(tmp_path: Path, form: str)
     torch.save(content, tmp_path / "file.pth")
     loaded = load_reported(tmp_path / "file.pth")
     assert_this(dict(loaded.model.state_dict()))
-    assert (loaded.report.weights.where, loaded.report.weights.others) == (found.where, found.others)
-    assert set(found.others) <= set(re.findall(r"'([^']+)'", str(loaded.report))) | {""}
+    assert (loaded.weights.where, loaded.weights.others) == (found.where, found.others)
+    assert set(found.others) <= set(re.findall(r"'([^']+)'", str(loaded))) | {""}
 
 
 def test_what_is_left_out_is_named() -> None:
@@ -145,7 +145,7 @@ def test_values_of_other_classes_beside_the_tensors_are_left_out_and_not_made(tm
         torch.save({"model": THIS, **beside}, path, _use_new_zipfile_serialization=not legacy)
         loaded = load_reported(path)
         assert_this(dict(loaded.model.state_dict()))
-        assert set(beside) <= set(loaded.report.weights.left_out)
+        assert set(beside) <= set(loaded.weights.left_out)
 
 
 @pytest.mark.parametrize("form", [*ONE_NETWORK, *(f"several: {name}" for name in SEVERAL)])

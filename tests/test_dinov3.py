@@ -89,9 +89,9 @@ def test_a_transformers_folder_answers_as_transformers_does_and_goes_back_bit_fo
     theirs.save_pretrained(tmp_path)
     loaded = load_reported(tmp_path)
     assert largest_difference(loaded.model, lambda images: theirs(images).last_hidden_state) <= 1e-5
-    assert (loaded.report.fresh, loaded.report.weights.left_out) == ((), ())
+    assert (loaded.fresh, loaded.weights.left_out) == ((), ())
     base = changes.get("rope_theta", 100)
-    assert loaded.report.positions == f"positions are rotary, of base {base:g}, as transformers does"
+    assert loaded.positions == f"positions are rotary, of base {base:g}, as transformers does"
     on_disk = load_file(tmp_path / "model.safetensors")
     back = convert.to_dinov3(loaded.model.state_dict(), "transformers", loaded.model.key_bias)
     missing = {key for key in back if key.endswith("q_proj.bias")} if "query_bias" in changes else set()
@@ -116,7 +116,7 @@ def test_a_timm_folder_and_file_answer_as_timm_does_and_go_back_bit_for_bit(
     theirs = timms(name, **changes)
     loaded = load_reported(save_timm(theirs, tmp_path / "folder", name, **changes))
     assert largest_difference(loaded.model, theirs.forward_features) <= 1e-5
-    assert loaded.report.fresh == ("mask_token",)
+    assert loaded.fresh == ("mask_token",)
     assert loaded.model.image_size == (64, 64)
     back = convert.to_dinov3(loaded.model.state_dict(), "timm")
     for key, value in theirs.state_dict().items():
@@ -137,8 +137,8 @@ def test_a_meta_file_means_the_model_that_the_libraries_make_of_it(gated: bool, 
     torch.save(state, tmp_path / "dinov3.pth")
     torch.save({"teacher": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "training.pth")
     loaded = load_reported(tmp_path / "dinov3.pth", heads=2)
-    assert loaded.report.weights.source == "meta"
-    assert "rope_embed.periods" in loaded.report.weights.left_out
+    assert loaded.weights.source == "meta"
+    assert "rope_embed.periods" in loaded.weights.left_out
     for model in (loaded.model, load(tmp_path / "training.pth", heads=2)):
         assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
     # timm reads Meta's files itself

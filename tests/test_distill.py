@@ -162,7 +162,7 @@ def test_a_run_on_the_command_line_learns_and_exports_a_plain_backbone(first: Pa
     # What is exported is the moving average, without the projections.
     found = load_reported(out)
     assert (found.model.dim, found.model.patch_size, found.model.num_registers) == (48, 16, 2)
-    assert {name.partition(".")[0] for name in found.report.weights.left_out} == {"distill_head"}
+    assert {name.partition(".")[0] for name in found.weights.left_out} == {"distill_head"}
     assert torch.equal(found.model.patch_embed.proj.weight, teacher_of(out, 25)["backbone.patch_embed.proj.weight"])
 
 
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     out = tmp_path / "run"
     for options, message in (
         ({"distill_size": 44}, "distill_size=44: expected a multiple of the patch size 8"),
-        ({"model__in_channels": 1, "distill_size": None}, "takes 3 channels, model.in_channels=1"),
+        ({"model__in_channels": 1, "distill_size": None}, "takes 3 channels, a crop has 1"),
         ({"distill": None}, "distill: missing"),
     ):
         with pytest.raises(UserError, match=message):

@@ -265,7 +265,7 @@ def test_the_second_size_differs_from_the_first_and_divides() -> None:
         ({"format": "tim"}, "did you mean timm"),
         ({"format": "keras"}, "expected one of timm, transformers, meta, safetensors, onnx"),
         ({"weights": "nowhere"}, "'nowhere': no such file or run folder"),
-        ({"size": "45"}, "45 is not a multiple of the patch size 8; try 40 or 48"),
+        ({"size": "45"}, "45, expected a multiple of the patch size 8, as 40 or 48"),
         ({"size": "0"}, "not a size"),
         ({"size": "big"}, "size=big"),
         ({"sise": "40"}, "unknown key of dinoreg export"),

@@ -291,7 +291,7 @@ def test_named_columns_are_taken_and_others_left_out(tmp_path: Path) -> None:
         table(tmp_path, "f,sun,rain\na.png,1,0\nb.png,,1\n", "s.csv"), columns="label:sun,label:rain"
     )
     assert (several.class_names, several.labels.tolist()) == (["sun", "rain"], [[1, 0], [-1, 1]])
-    for wrong in ("path=shot", "file:shot", "path:shot,path:id", "path:"):
+    for wrong in ("path=shot", "file:shot", "split:phase,split:id", "path:"):
         with pytest.raises(UserError, match="expected columns as path:NAME"):
             read_labelled(path, columns=wrong)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinoreg.data.open import open_names, open_source, read_labelled
 from dinoreg.data.parquet_source import ParquetSource
 from dinoreg.data.sampler import Sampler
 from dinoreg.data.source import Group, Source, WeightedSource
+from dinoreg.data.tables import Table
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
 from tests.test_tar_index import pack
@@ -209,6 +211,20 @@ def test_a_list_draws_by_its_weights_and_names_what_lies_in_shards(tmp_path: Pat
         (tmp_path / "list.csv").write_text(f"path,sampling_weight\na.jpg,{cell}\n")
         with pytest.raises(UserError, match=f"line 2: the weight is '{cell}'"):
             open_source(tmp_path / "list.csv")
+
+
+def test_a_list_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads = tmp_path / "list.csv", []
+    cells = Table.cells
+    monkeypatch.setattr(Table, "cells", lambda self, *names: (reads.append(names), cells(self, *names))[1])
+    for text, count in (("a.jpg,2", 1), ("b.jpg,1\nc.jpg,3", 2)):
+        path.write_text(f"path,sampling_weight\n{text}\n")
+        os.utime(path, (100 + count, 100 + count))
+        for _ in range(2):
+            found = open_source(path, index_dir=tmp_path / "kept")
+            assert len(found) == count
+            assert len(found.groups()) == count
+    assert reads == [("path", "sampling_weight")] * 2
 
 
 def test_many_weights_are_kept_within_a_hundredth() -> None:

@@ -75,11 +75,11 @@ def test_a_timm_file_answers_as_timm_does(tmp_path: Path, ffn: str, registers: i
     loaded = load_reported(tmp_path / "timm.safetensors")
     assert (loaded.model.num_registers, loaded.model.ffn) == (registers, ffn)
     assert_equal_at_all_sizes(loaded.model, theirs.forward_features)
-    assert loaded.report.weights.source == "timm"
-    assert loaded.report.positions == "positions are resampled bicubic, antialiased, to the size, as timm does"
-    assert loaded.report.fresh == ("mask_token",)
+    assert loaded.weights.source == "timm"
+    assert loaded.positions == "positions are resampled bicubic, antialiased, to the size, as timm does"
+    assert loaded.fresh == ("mask_token",)
     torched = load_reported(tmp_path / "timm.pth")
-    assert torched.report.weights.left_out == ("epoch",)
+    assert torched.weights.left_out == ("epoch",)
     assert all(torch.equal(a, b) for a, b in zip(torched.model.parameters(), loaded.model.parameters()))
 
 
@@ -91,9 +91,9 @@ def test_a_transformers_folder_answers_as_transformers_does(tmp_path: Path, ffn:
     assert (loaded.model.num_registers, loaded.model.ffn, loaded.model.heads) == (registers, ffn, 2)
     assert_equal_at_all_sizes(loaded.model, lambda images: theirs(images).last_hidden_state)
     how = "antialiased" if registers else "not antialiased"
-    assert loaded.report.positions == f"positions are resampled bicubic, {how}, to the size, as transformers does"
-    assert (loaded.report.fresh, loaded.report.weights.left_out) == ((), ())
-    assert len(loaded.report.loaded) == len(loaded.model.state_dict())
+    assert loaded.positions == f"positions are resampled bicubic, {how}, to the size, as transformers does"
+    assert (loaded.fresh, loaded.weights.left_out) == ((), ())
+    assert len(loaded.loaded) == len(loaded.model.state_dict())
     again = load(tmp_path / "model.safetensors")  # the file in it means the same
     assert again.architecture() == loaded.model.architecture()
 
@@ -120,7 +120,7 @@ def test_a_meta_file_without_registers_resamples_as_meta_does_and_the_three_libr
     torch.save(state | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2_vits14_pretrain.pth")
     loaded = load_reported(tmp_path / "dinov2_vits14_pretrain.pth")
     words = "positions are resampled bicubic, not antialiased, by a factor with offset 0.1, as Meta does"
-    assert loaded.report.positions == words
+    assert loaded.positions == words
     for height, width in SIZES:
         images = torch.randn(1, 3, height, width)
         rows, columns = height // 14, width // 14
@@ -248,7 +248,7 @@ def test_a_model_with_a_head_a_sharded_one_and_an_old_file_are_read(tmp_path: Pa
     theirs = redrawn(transformers.Dinov2ForImageClassification(config))
     theirs.save_pretrained(tmp_path / "whole")
     whole = load_reported(tmp_path / "whole")
-    assert set(whole.report.weights.left_out) == {"classifier.weight", "classifier.bias"}
+    assert set(whole.weights.left_out) == {"classifier.weight", "classifier.bias"}
     assert_equal_at_all_sizes(whole.model, lambda x: theirs.dinov2(x).last_hidden_state, [(56, 56), (28, 42)])
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -348,7 +348,7 @@ def test_resizing_on_loading_gives_the_sources_own_function_at_that_size(
     with caplog.at_level(logging.INFO):
         loaded = load_reported(path, image_size=(28, 42))
     assert loaded.model.grid == (2, 3)
-    assert loaded.report.reshaped == "pos_embed: 4x4 -> 2x3"
+    assert loaded.reshaped == "pos_embed: 4x4 -> 2x3"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "reshaped pos_embed: 4x4 -> 2x3" in caplog.text
     images = torch.randn(1, 3, 28, 42)
@@ -363,8 +363,8 @@ def test_channels_are_adapted_in_the_way_that_is_asked_for(tmp_path: Path) -> No
     expected = source(grey.expand(-1, 3, -1, -1)).cls
     for number in (1, 2, 5, 6):
         loaded = load_reported(path, in_channels=number, adapt_channels="mean")
-        assert loaded.report.adapted == f"{key}: 3 -> {number} channels (mean)"
-        assert key not in loaded.report.loaded
+        assert loaded.adapted == f"{key}: 3 -> {number} channels (mean)"
+        assert key not in loaded.loaded
         torch.testing.assert_close(loaded.model(grey.expand(-1, number, -1, -1)).cls, expected, rtol=0, atol=1e-5)
     six = load(path, in_channels=6, adapt_channels="repeat")
     torch.testing.assert_close(six(grey.expand(-1, 6, -1, -1)).cls, expected, rtol=0, atol=1e-5)
@@ -398,9 +398,9 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path, options: dict[str, An
 def test_registers_are_grafted_onto_a_backbone_without_and_reported(tmp_path: Path) -> None:
     path, source = metas_file(tmp_path)
     loaded = load_reported(path, num_registers=4)
-    assert loaded.report.grafted == "register_tokens: 4 fresh registers"
-    assert loaded.report.fresh == ("register_tokens",)
-    assert "grafted register_tokens: 4 fresh registers; positions" in str(loaded.report)
+    assert loaded.grafted == "register_tokens: 4 fresh registers"
+    assert loaded.fresh == ("register_tokens",)
+    assert "grafted register_tokens: 4 fresh registers; positions" in str(loaded)
     tokens = loaded.model.register_tokens
     assert 0 < tokens.abs().max() < 1e-5
     assert len({tuple(row) for row in tokens[0].tolist()}) == 4

@@ -19,7 +19,7 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,6 @@ class Failure:
     remedy: str
 
 
-@dataclass(eq=False)
 class Writer(AbstractContextManager):
     """Writes the checkpoints of one run; built once by all processes, which then call `save` and `wait` together.
 
@@ -135,24 +134,19 @@ class Writer(AbstractContextManager):
     saved             step of the last published checkpoint; None before the first
     """
 
-    run: Path
-    options: CheckpointConfig
-    describe_teacher: dict[str, Any]
-    timeout: float
-    ranks: Ranks = ALONE
-    stall: float = 0.0
-    write_time: float | None = None
-    saved: int | None = None
-
-    def __post_init__(self) -> None:
-        self.lease = acquire(self.run, self.ranks)
-        self._writers = ALONE if self.ranks.world_size == 1 else Ranks.of_default_group(self.timeout)
-        self._stall_unread = 0.0
+    def __init__(
+        self, run: Path, options: CheckpointConfig, describe_teacher: dict, timeout: float, ranks: Ranks = ALONE
+    ) -> None:
+        self.run, self.options, self.describe_teacher = run, options, describe_teacher
+        self.timeout, self.ranks, self.lease = timeout, ranks, acquire(run, ranks)
+        self._writers = ALONE if ranks.world_size == 1 else Ranks.of_default_group(timeout)
+        self.stall = self._stall_unread = 0.0
+        self.write_time: float | None = None
+        self.saved: int | None = None
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
-        self._step = 0
         self._problem: BaseException | None = None
-        self._failures = 0
+        self._step = self._failures = 0
         self._reports: list[Failure] = []
         self._published: list[int] = []
 
@@ -222,8 +216,15 @@ class Writer(AbstractContextManager):
 
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
         started = time.perf_counter()
+        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
+        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
         try:
-            self._write_or_raise(step, tensors, numbers, best)
+            try:
+                checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
+            except RunError:
+                # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
+                checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
+                raise
         except BaseException as error:  # stored until all processes meet in `_settle`
             self._problem = error
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
@@ -233,19 +234,6 @@ class Writer(AbstractContextManager):
             self.saved = step
             self._published.append(step)
             self._failures = 0
-
-    def _write_or_raise(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
-        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
-        try:
-            checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
-        except RunError:
-            # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
-            checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
-            raise
-        if self.ranks.is_main:
-            with suppress(OSError):
-                checkpoint.retire_teachers(self.run)
 
     def _finish(self, step: int, folder: Path) -> None:
         """Write the teacher file from a checkpoint's folder; TakenOver when another start has claimed the run."""

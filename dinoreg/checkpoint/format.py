@@ -118,6 +118,7 @@ def save(
     if ranks.is_main:
         with suppress(OSError):  # what stays too long takes room, no more
             retire(folder, keep, keep_hours)
+            retire_teachers(folder.parent)
     return final
 
 

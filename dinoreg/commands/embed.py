@@ -33,9 +33,9 @@ from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
 from dinoreg.runtime.parallel import parallel
-from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.printable import multiples, print_status
 from dinoreg.runtime.progress import show_progress
-from dinoreg.visualize.subject import multiples, open_images
+from dinoreg.visualize.subject import open_images
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +118,8 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
     for warning in survey(source, encoder.in_channels, whose=whose, key="range").warnings:
         print_status(f"warning: {warning}")
     if options.image_size and options.image_size % encoder.patch_size:
-        raise UserError(f"image_size={options.image_size}: {multiples(options.image_size, encoder.patch_size)}")
+        expected = multiples(options.image_size, encoder.patch_size)
+        raise UserError(f"image_size={options.image_size}: expected {expected}")
     settings = {
         "weights": encoder.name,
         "identity": encoder.identity,

@@ -26,6 +26,7 @@ def export(
     format: str,
     out: str | Path,
     size: int | Sequence[int] | None = None,
+    channels: Sequence[int] | None = None,
     registers: str | None = None,
     images: str | Path | None = None,
 ) -> Path:
@@ -36,6 +37,7 @@ def export(
     out        the folder to write; it must not exist, or be empty
     size       height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then
                takes this size only; without it, any. None: the model's native size
+    channels   indices from 0 of those that the exported model shall take, see `dinoreg.select_channels`; None: all
     registers  "test_time": a model that was trained without any gets a token that takes over the outliers' norm in
                `images` (arXiv 2506.08010). Not for timm and transformers, whose code cannot do this
     images     a folder, a list of paths, or scenes, with `registers` alone
@@ -46,7 +48,8 @@ def export(
     """
     if (registers, images is None) not in ((None, True), ("test_time", False)):
         raise UserError(f"registers={registers} images={images}: expected test_time and a folder, or neither")
-    return write(weights, format, out, size, partial(_with_register, images=str(images)) if registers else None)
+    added = partial(_with_register, images=str(images)) if registers else None
+    return write(weights, format, out, size, channels, added)
 
 
 def export_command(options: ExportOptions) -> None:

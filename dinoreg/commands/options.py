@@ -16,7 +16,7 @@ from dinoreg.runtime.errors import UserError
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
-COLUMNS = "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are"
+COLUMNS = "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
 SHARE: dict[str, Any] = {"above": 0, "high": 1, "expected": "a share of the peak in (0, 1]"}
 FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
@@ -75,6 +75,7 @@ class ExportOptions(Options, verb="export"):
     format: str = option(REQUIRED, FORMATS)
     out: str = output(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
+    channels: list[int] | None = option(None, "those that it shall take, as 0,2,3; none: all", low=0)
     registers: str | None = option(None, "test_time: add one for outliers in `images`; not timm, transformers")
     images: str | None = option(None, "a folder of images, a list of paths or scenes, for registers=test_time")
 
@@ -134,6 +135,7 @@ class RegistersOptions(Options, verb="registers"):
 
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
+    columns: str = option("", COLUMNS)
     out: str | None = output(None, "folder for registers.html; none: runs/registers/NAMES")
     size: int | None = option(None, "pixels a side; none: the first model's, enlarged if small", high=MAX_SIDE)
     num_images: int = option(300, "images at most, from all over the source", low=2)
@@ -161,6 +163,7 @@ class ViewOptions(Options, verb="view"):
     weights: str = option(REQUIRED, "a run folder, a weight file, or random:NAME")
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = output(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
+    columns: str = option("", COLUMNS)
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1, high=10_000)
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width]; none: the model's", high=MAX_SIDE)
     device: str = option("auto", **DEVICE)

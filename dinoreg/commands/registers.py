@@ -91,6 +91,8 @@ def _report(options: RegistersOptions) -> RegisterReport:
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
     pictures, skipped = read_pictures(options, subjects[0].encoder.preprocessing.at(size))
+    if subjects[0].own is not subjects[0].encoder:  # a probe would learn and test one picture in two channels
+        pictures = Pictures(pictures.images.flatten(0, 1).unsqueeze(1), None, 0, None, f"{pictures.source}, by channel")
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
         first = _measure(encoder, pictures, options.seed)
@@ -116,7 +118,7 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
     """
     if is_scenes(options.images):
         return _scenes(options, preprocessing.size[0], len(preprocessing.mean)), []
-    source: Source = open_images(options.images)
+    source: Source = open_images(options.images, columns=options.columns)
     labels: np.ndarray | None = None
     names: Sequence[str] = ()
     if options.labels and Path(options.images).expanduser().is_dir():
@@ -171,7 +173,7 @@ def _encoders(subjects: Sequence[Opened]) -> list[NativeEncoder]:
         if sum(other.name == name for other in subjects) > 1:
             name = f"{name}, {subject.model.num_registers} registers"
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    return [NativeEncoder(s.model, n, s.encoder.preprocessing, s.encoder.device) for s, n in zip(subjects, names)]
+    return [NativeEncoder(s.model, n, s.own.preprocessing, s.own.device) for s, n in zip(subjects, names)]
 
 
 def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:

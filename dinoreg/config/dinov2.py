@@ -241,10 +241,8 @@ def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list
     for name in ("head_nlayers", "head_hidden_dim"):
         if values[f"ibot.{name}"] != values[f"dino.{name}"]:
             raise UserError(f"ibot.{name}={values[f'ibot.{name}']}: expected the value of dino.{name}")
-    return {
-        "head.ibot_prototypes": values["ibot.head_n_prototypes"],
-        "head.ibot_bottleneck_dim": values["ibot.head_bottleneck_dim"],
-    }
+    own = {"ibot_prototypes": "head_n_prototypes", "ibot_bottleneck_dim": "head_bottleneck_dim"}
+    return {f"head.{ours}": values[f"ibot.{theirs}"] for ours, theirs in own.items()}
 
 
 def _places(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import flatten, is_number
-from dinoreg.runtime.printable import shortened
+from dinoreg.runtime.printable import enumerated, shortened
 
 # What other programs call the same; of each group a key that is known here is meant.
 _SYNONYMS = [
@@ -92,7 +92,7 @@ class Declaration:
 
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" without any; for a list or tuple `value`, those of its elements."""
-        words = self.expected or _listed(self.choices) or self._range()
+        words = self.expected or enumerated(self.choices, "or") or self._range()
         if isinstance(value, (list, tuple)) and self.fits is None:
             start = "[low, high]" if self.ascending else "" if value or self.empty else "one or more"
             return ", ".join(filter(None, (start, words and f"each {words}")))
@@ -449,11 +449,6 @@ def _typed(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value) + "]"
     return str(value)
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    """a, b or c"""
-    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _type_words(hint: Any) -> str:

@@ -15,7 +15,9 @@ class PlanOptions(Options, verb="plan"):
     memory: float | None = option(None, "GiB of a device; none: what that kind has", above=0)
     link: float | None = option(None, "GB/s from a device to other machines; none: what is usual for its kind", above=0)
     local_link: float | None = option(None, "GB/s from a device to its neighbours; none: its maker's figure", above=0)
-    utilisation: float | None = option(None, "share of the peak, not measured; none: by the width", above=0, high=1)
+    utilisation: float | None = option(
+        None, "where nothing is measured; none: by the width", above=0, high=1, expected="a share of the peak in (0, 1]"
+    )
     num_images: int | None = option(None, "in the data set; none: counted in data=, where that is here", low=1)
     disk: float = option(1.0, "GB/s at which all processes together write a checkpoint", above=0)
     probe: bool | None = option(None, "run a few steps here; none: on CUDA if it fits, on a CPU if quick")

@@ -16,6 +16,7 @@ from typing import Any
 from dinoreg.config.option import Options, check, flat, fraction, option, output, section
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -25,6 +26,7 @@ SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
+CHANNELS = ("joint", "bag", "bag_mean")
 MAX_PROTOTYPES = 2**24
 
 
@@ -42,6 +44,7 @@ class ModelConfig(Options, section="model"):
     drop_path: float = option(0.3, "share of samples that skip a residual branch", low=0, below=1)
     drop_path_uniform: bool = option(True, "the same rate in every block; false: linear from 0")
     in_channels: int = option(3, "image channels", low=1, high=MAX_WIDTH)
+    channels: str = option("joint", "bag: seen one by one, features side by side; bag_mean: averaged", choices=CHANNELS)
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
@@ -52,6 +55,16 @@ class ModelConfig(Options, section="model"):
     attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
+
+    @property
+    def bag_of(self) -> int:
+        """Channels that are seen one by one; 0: they are seen together."""
+        return 0 if self.channels == "joint" else self.in_channels
+
+    @property
+    def crop_channels(self) -> int:
+        """Those of a crop in training: of a bag, one."""
+        return 1 if self.bag_of else self.in_channels
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,7 @@ class LossConfig(Options, section="loss"):
     diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     gram_weight: float = option(0.0, "of patches' cosines to one another, held to an earlier teacher's (Gram)", low=0)
-    gram_size: int | None = option(
-        None, "at which that teacher sees the global crops, undistorted; none: as the student", unit="pixel", low=1
-    )
+    gram_size: int | None = option(None, "at which that teacher sees them; none: as the student", unit="pixel", low=1)
     paka_weight: float = option(0.0, "of patches of local crops relating as the teacher's global ones (PaKA)", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
@@ -204,7 +215,9 @@ class DataConfig(Options, section="data"):
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     range: list[float] | None = option(None, "LOW,HIGH: values of black, white; none: by the type", **VALUE_RANGE)
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
-    columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
+    columns: str = option(
+        "", "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
+    )
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
@@ -224,7 +237,7 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(None, "fsdp: processes that share a state; none: all; fewer: HSDP", low=1)
+    shard: int | None = option(None, "fsdp: processes sharing a state; none: all; fewer: HSDP", unit="process", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
@@ -263,7 +276,9 @@ class ProbeConfig(Options, section="probe"):
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
     data: str | None = option(None, "labelled: folder of classes or of train/, val/, a table, scenes; none: rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
-    columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
+    columns: str = option(
+        "", "as data.columns, of a table in data or general, and label:BREED,split:SET; empty: usual names"
+    )
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
     dense: str | None = option(None, "images/ with masks/, or scenes: patches are segmented by k-NN; none: DSE alone")
     dense_values: str = option("", "numbers or colours of such masks that are classes, as [0,255]; empty: from 0")
@@ -423,16 +438,16 @@ def _check_model(config: Config) -> None:
     sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
     sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
     for key, size in sizes:
-        below = size // patch * patch
-        nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
-        multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
-        check(size % patch == 0, key, size, multiple)
+        check(size % patch == 0, key, size, multiples(size, patch))
     depth = config.model.depth or named["depth"]
     check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
-    channels = config.model.in_channels
+    channels, seen = config.model.crop_channels, config.model.channels
     fits = f"one number, or one for each of the {channels} channels (model.in_channels)"
+    if seen != "joint":
+        fits = f"one number, which holds for all channels with model.channels={seen}"
+        check(config.loss.diet_weight == 0, "loss.diet_weight", config.loss.diet_weight, f"0 with channels={seen}")
     shipped = AugmentSettings()  # of RGB; for other channels it stands for what is measured when the run begins
     for key, values in ("mean", config.augment.mean), ("std", config.augment.std):
         check(len(values) in (1, channels) or values == getattr(shipped, key), f"augment.{key}", values, fits)

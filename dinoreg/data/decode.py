@@ -15,7 +15,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -72,7 +72,7 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
 
 
 @contextmanager
-def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
+def alone_if_large(data: bytes | np.ndarray | RawPixels) -> Iterator[None]:
     """A context in which no other picture of more than `_LARGE` pixels is decoded by this process.
 
     Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
@@ -90,7 +90,7 @@ class EncodedImage:
 
     height, width  pixels, after EXIF orientation
     orientation    the EXIF or TIFF orientation, 1 to 8, that the file's pixels are turned by
-    format         "JPEG", "PNG", ... by content; "array" when it came as pixels
+    format         "JPEG", "PNG", ... by content; "array" when it came as pixels, "files" when each channel was one
     mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", ...), deeper ones by their type
                    ("uint16 x 3")
     pages          pictures in the file; more than one where an animation or a stack is cut to its first
@@ -99,7 +99,7 @@ class EncodedImage:
 
     def __init__(
         self,
-        data: bytes | np.ndarray,
+        data: bytes | np.ndarray | RawPixels,
         in_channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
@@ -109,9 +109,11 @@ class EncodedImage:
         self.in_channels, self.value_range, self.pages = in_channels, value_range, 1
         self.components, self._orientation = 0, 1
         self._turned: int | None = None  # the orientation of a file that its reader has turned already
-        self._data = b"" if isinstance(data, np.ndarray) else data
+        self._data = data if isinstance(data, bytes) else b""
         self.raw: RawPixels | None = None
-        if isinstance(data, np.ndarray):
+        if isinstance(data, RawPixels):
+            self.format, self.raw, self.mode = "files", data, f"{data.values.dtype} x {data.values.shape[2]}"
+        elif isinstance(data, np.ndarray):
             self.format, self.mode = "array", "RGB" if data.ndim == 3 else "L"
             self.raw = RawPixels(_with_channels(data))
         elif not data:
@@ -119,12 +121,11 @@ class EncodedImage:
         elif (header := jpeg_header(data)) is not None:
             height, width, self.components, self._orientation = header
             self.format, self.mode = "JPEG", {1: "L", 3: "RGB"}.get(self.components, "CMYK")
-            self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
         else:
             self.raw = self._read_other(max_pixels)
         if self.raw is not None:
             height, width = self.raw.values.shape[:2]
-            self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+        self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
         self.orientation = self._orientation if self._turned is None else self._turned
         check_size(self.height, self.width, max_pixels, min_side)
 
@@ -168,6 +169,21 @@ class EncodedImage:
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
             return self.oriented(self._scaled(raw))
 
+    def upright(self) -> RawPixels:
+        """The pixels of a file of one channel as they are in it, turned as its EXIF orientation says.
+
+        raises  BadImage for several channels and for transparency
+        """
+        raw = self.raw or RawPixels(self.pixels().permute(1, 2, 0).numpy())
+        if raw.values.shape[2] != 1 or raw.alpha is not None:
+            raise BadImage(f"{self.mode}: expected one channel")
+        if self.raw is None or self._orientation == 1:
+            return raw
+        import torch
+
+        places = self.oriented(torch.arange(raw.values.size).view(1, *raw.values.shape[:2]))  # where each comes from
+        return raw._replace(values=raw.values.ravel()[places.permute(1, 2, 0).numpy()])
+
     def oriented(self, pixels: Tensor) -> Tensor:
         """Pixels (C, H, W) as the file stores them, turned as its EXIF orientation says."""
         return orient(pixels, self._orientation)
@@ -207,7 +223,7 @@ class EncodedImage:
                 pages = getattr(image, "n_frames", 1)
                 if self.in_channels not in (1, 3):
                     return True
-                if image.mode.startswith("I;16"):
+                if image.mode.startswith("I;16") and len(bits) == 1:
                     return False
                 return max(bits) > 8 or (image.mode == "L" and pages == self.in_channels > 1)
         except BadImage:
@@ -236,7 +252,7 @@ class EncodedImage:
 
 
 def decode(
-    data: bytes | np.ndarray | Image.Image,
+    data: bytes | np.ndarray | RawPixels | Image.Image,
     in_channels: int = 3,
     max_pixels: int = MAX_PIXELS,
     value_range: ValueRange | None = None,
@@ -254,6 +270,31 @@ def decode(
             pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
             return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
+
+
+def read_bands(files: Iterable[tuple[str, bytes]]) -> RawPixels:
+    """Files of one channel each as one picture, its channels in their order; colour of eight bits counts as grey.
+
+    files   (name, content) of each
+    raises  BadImage, naming the file, for one that cannot be read or has several channels, and for one of another size
+            or type than the first
+    """
+    bands, kinds = [], []
+    for name, data in files:
+        try:
+            with alone_if_large(data):
+                band = EncodedImage(data, 1, min_side=1).upright()
+            height, width, _ = band.values.shape
+            bands.append(band)
+            kinds.append(f"{width}x{height} {band.values.dtype}{', 0 is white' * band.white_is_zero}")
+            if kinds[-1] != kinds[0]:
+                raise BadImage(f"{kinds[-1]}, the first channel is {kinds[0]}")
+        except BadImage as error:
+            raise BadImage(f"{name}: {error}") from None
+    values = np.concatenate([each.values for each in bands], axis=2)
+    nodata = next((each.nodata for each in bands if each.nodata is not None), None)
+    window = bands[0].own_range if len({each.own_range for each in bands}) == 1 else None
+    return bands[0]._replace(values=values, nodata=nodata, own_range=window)
 
 
 def pillow_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

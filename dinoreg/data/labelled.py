@@ -34,6 +34,7 @@ class LabelledImages:
     warnings     one line each
     passed_over  files beside the images that are none, by ending
     images       those in shards, whose names the paths are; None: files
+    further      where each channel is a file, those of the channels behind the first, as `paths`
     """
 
     root: str
@@ -44,6 +45,7 @@ class LabelledImages:
     warnings: list[str]
     passed_over: dict[str, int]
     images: Source | None = None
+    further: tuple[list[str], ...] = ()
 
     def has(self) -> np.ndarray:
         """Which classes each image is of, (n, K) bool."""
@@ -52,7 +54,8 @@ class LabelledImages:
 
     def source(self) -> Source:
         """The images, in the order of `paths`."""
-        return self.images or PathSource(self.root, PathBlock.of(self.paths))
+        files = [path for row in zip(self.paths, *self.further, strict=True) for path in row]
+        return self.images or PathSource(self.root, PathBlock.of(files), 1 + len(self.further))
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

@@ -57,27 +57,30 @@ def read_labelled_table(
     if found["path"] is None:
         expected = "say columns=path:NAME,label:NAME; its columns"
         raise UserError(f"{path}: has no column path; {expected}: {listed(table.names)}")
-    labels, left = _label_columns(table, columns, [role[0] for role in found.values() if role is not None])
+    further = table.further(columns)
+    taken = [*(role[0] for role in found.values() if role is not None), *further]
+    labels, left = _label_columns(table, columns, taken)
     warnings = [*table.notes, *(note for role in found.values() if role for note in role[1]), *left]
-    cells = _cells(table, [found["path"][0], *labels, *([found["split"][0]] if found["split"] else [])])
+    cells = _cells(table, [*dict.fromkeys((*taken, *labels))])
+    entries = {
+        column: [(place, inside(base, entry, f"{path} {place}", root_option)) for place, entry in cells[column]]
+        for column in (found["path"][0], *further)
+    }
     first_places: dict[str, str] = {}
-    for place, entry in cells[found["path"][0]]:
-        if not entry:
-            raise UserError(f"{path} {place}: the path is empty")
-        entry = inside(base, entry, f"{path} {place}", root_option)
+    for place, entry in entries[found["path"][0]]:
         if entry in first_places:
             raise UserError(f"{path} {place}: {entry} is listed before, in {first_places[entry]}")
         first_places[entry] = place
     if not first_places:
         raise UserError(f"{path}: lists no images")
-    words = None
-    if found["split"] is not None:
-        words = [_split_of(cell, f"{path} {place}") for place, cell in cells[found["split"][0]]]
+    split = found["split"]
+    words = split and [_split_of(cell, f"{path} {place}") for place, cell in cells[split[0]]]
     numbers, names = _labels(str(path), {name: cells[name] for name in labels}, read_classes(path.parent), warnings)
     paths = found_files(base, first_places, path)
     if repeated := [name for name, count in Counter(paths).items() if count > 1]:
         raise UserError(f"{path}: {repeated[0]} is listed twice, once without its ending")
-    return LabelledImages(base, paths, numbers, names, words, warnings, {})
+    others = (found_files(base, (entry for _, entry in entries[column]), path) for column in further)
+    return LabelledImages(base, paths, numbers, names, words, warnings, {}, further=tuple(others))
 
 
 def read_labelled_shards(source: Source, table: Table, columns: Columns) -> LabelledImages:

@@ -44,10 +44,9 @@ _SLICE = 0.2  # seconds after which a wait looks up
 _LEAVE = 2.0  # seconds that workers have to end their image when a loader is closed
 T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
-_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM = 1, 2, 3  # uses of the seed
-# A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
-# may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
-# interpreter lock.
+_CROP_STREAM, _COLOUR_STREAM, _SENSOR_STREAM, _CHANNEL_STREAM = 1, 2, 3, 4  # uses of the seed
+# A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding may
+# depend on the company of a crop; larger parts mean fewer, longer operations and less waiting for the interpreter lock.
 _PARTS_ON_CPU = 8
 _PARTS_PER_WORKER = 4
 
@@ -63,9 +62,10 @@ class Views:
     augment: AugmentSettings
     mask: MaskSettings
     patch_size: int
-    in_channels: int = 3
+    in_channels: int = 3  # of a crop
     clean_size: int | None = None  # at which the global crops are cut once more, undistorted
     related: bool = False  # whether it is told where the local crops lie in the global ones
+    bag_of: int = 0  # channels of an image, of which its crops show one, drawn anew in every epoch; 0: they show all
 
     def __post_init__(self) -> None:
         local_size = self.crops.local_size if self.crops.num_local else 0
@@ -75,8 +75,7 @@ class Views:
                 raise UserError(f"{key}={size} is not divisible by the patch size {self.patch_size}")
         for name, values in (("mean", self.augment.mean), ("std", self.augment.std)):
             if len(values) not in (1, self.in_channels):
-                expected = f"expected 1 or {self.in_channels} (channels)"
-                raise UserError(f"augment.{name} has {len(values)} values, {expected}")
+                raise UserError(f"augment.{name} has {len(values)} values, expected 1 or {self.in_channels} (channels)")
 
     @property
     def sizes(self) -> list[int]:
@@ -124,10 +123,9 @@ class _Slot:
     """
 
     def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
+        channels = views.in_channels
         self.groups = [
-            torch.empty(count * batch_size, size, size, views.in_channels, dtype=dtype, pin_memory=pinned).permute(
-                0, 3, 1, 2
-            )
+            torch.empty(count * batch_size, size, size, channels, dtype=dtype, pin_memory=pinned).permute(0, 3, 1, 2)
             for count, size in views.groups
         ]
         # One view per crop, made once: slicing for every crop would cost as much as planning it.
@@ -146,6 +144,7 @@ class _Job:
     ids: np.ndarray = field(init=False)  # (B,)
     epochs: np.ndarray = field(init=False)  # (B,)
     boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
+    channels: np.ndarray = field(init=False)  # (B,) int64, of a bag the one that crops show
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
     hidden: np.ndarray = field(init=False)  # masked patches of each crop
@@ -254,6 +253,7 @@ class _Engine:
             return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
+        job.channels = (numbers(_CHANNEL_STREAM, 1)[:, 0, 0] * self.views.bag_of).astype(np.int64)
         augment, of_sensor = self.views.augment, None
         if augment.of_sensor:
             of_sensor = numbers(_SENSOR_STREAM, photometric.SENSOR_NUMBERS + self.views.in_channels)
@@ -317,8 +317,8 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        options = self.options
-        image = self.source.image(sample, self.views.in_channels, options.max_pixels, options.reference_decode)
+        options, channels = self.options, self.views.bag_of or self.views.in_channels
+        image = self.source.image(sample, channels, options.max_pixels, options.reference_decode)
         if len(job.checksums):
             job.checksums[row] = image.checksum()
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
@@ -328,6 +328,8 @@ class _Engine:
         if options.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, [*sizes, *[self.views.clean_size or 0] * again])
         pixels = image.pixels(reduction)
+        if self.views.bag_of:
+            pixels = pixels[job.channels[row]][None]
         if reduction > 1:
             height, width = pixels.shape[1:]
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]

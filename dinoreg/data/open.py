@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from dinoreg.data.declared import KINDS, find_named, open_named
-from dinoreg.data.folder_index import PathBlock, index_folder
+from dinoreg.data.folder_index import PathBlock, index_folder, kept_index
 from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.labelled_folder import read_labelled_folder
 from dinoreg.data.labelled_table import read_labelled_shards, read_labelled_table
 from dinoreg.data.parquet_source import ParquetSource, holds_pictures, index_parquet, table_of
-from dinoreg.data.shards import SHARDS, Shards, find_shards, has_pattern, is_folder, is_place
+from dinoreg.data.shards import SHARDS, Shards, find_shards, has_pattern, is_folder, is_place, states_of
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, ScenesSource, Source, WeightedSource
 from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
 from dinoreg.data.tar_index import TarSource, index_tars, sidecars
@@ -24,6 +24,7 @@ from dinoreg.runtime.places import ending_of, filesystem, is_url
 from dinoreg.runtime.printable import listed
 
 WEIGHT = "sampling_weight"  # the column of a table by which images are drawn
+_VERSION = 1
 _MEMBER = re.compile(r"(.+?(\.tar|\.parquet)):(.+)", re.DOTALL)
 
 
@@ -45,7 +46,8 @@ def open_source(
     index_dir  where folder indexes are kept; by default the user's cache folder
     root       the folder that the paths of a list must stay in; by default the list's own
     value_range  LOW,HIGH of the whole data set, or of each channel; by default each file's type says it
-    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are
+    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are.
+               "path:RED,path:NIR" where each channel is a file of its own
 
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
@@ -164,7 +166,7 @@ def read_labelled(
 def find_labelled(path: str | os.PathLike[str]) -> str:
     """The absolute path, the pattern or the URL of a folder, a table or shards; UserError for anything else."""
     path = absolute(path)
-    expected = f"a folder, shards, or a {', '.join(TABLES)} file"
+    expected = f"a folder or a {', '.join((*TABLES, '.tar'))} file"
     if not is_place(path):
         raise UserError(f"{path}: does not exist, expected {expected}")
     if not is_folder(path) and not has_pattern(path) and ending_of(path) not in (*TABLES, *LISTS, *SHARDS):
@@ -209,18 +211,29 @@ def _open_list(
     found = table.column("path", columns)
     if found is None:
         raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {listed(table.names)}")
-    wanted, where = [found[0]], f"data: {spec} {table.unit}"
+    paths, where = [found[0], *table.further(columns)], f"data: {spec} {table.unit}"
+    wanted = [*paths]
     if "weight" in columns or WEIGHT in table.names:
         wanted.append(table.named(columns.get("weight", [WEIGHT])[0]))
-    block, weights = bytearray(), array("d")
-    for number, (entry, *weight) in table.cells(*wanted):
-        if entry:  # names one after the other, as millions of strings would take gigabytes
-            block += os.fsencode(inside(folder, entry, f"{where} {number}", "data.root")) + b"\0"
-            weights.extend(_weight(cell, f"{where} {number}") for cell in weight)
-    if not block:
-        raise UserError(f"data: the list {spec} names no files")
-    source = _in_shards(PathSource(folder, PathBlock(bytes(block))), columns, index_dir)
-    return WeightedSource(source, np.array(weights)) if weights else source
+
+    def find() -> dict[str, np.ndarray]:
+        block, weights = bytearray(), array("d")
+        for number, cells in table.cells(*wanted):
+            entries, weight = cells[: len(paths)], cells[len(paths) :]
+            if any(entries):  # names one after the other, as millions of strings would take gigabytes
+                for entry in entries:
+                    block += os.fsencode(inside(folder, entry, f"{where} {number}", "data.root")) + b"\0"
+                weights.extend(_weight(cell, f"{where} {number}") for cell in weight)
+        if not block:
+            raise UserError(f"data: the list {spec} names no files")
+        return {"names": np.frombuffer(block, np.uint8), "weights": np.array(weights)}
+
+    states = states_of([absolute(spec)])
+    kept = kept_index(
+        "\0".join(("list", absolute(spec), folder, str(len(paths)), *wanted)), (_VERSION, states), index_dir, find
+    )
+    source = _in_shards(PathSource(folder, PathBlock(kept["names"].tobytes()), len(paths)), columns, index_dir)
+    return WeightedSource(source, kept["weights"]) if len(kept["weights"]) else source
 
 
 def open_names(names: Sequence[str]) -> tuple[Source, str, list[str]]:
@@ -239,7 +252,7 @@ def open_names(names: Sequence[str]) -> tuple[Source, str, list[str]]:
 
 def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
     """The images of shards that names mean, ARCHIVE.tar:MEMBER or FILE.parquet:ROW; files as they are."""
-    if (member := _MEMBER.fullmatch(entries.paths[0])) is None:
+    if entries.bands > 1 or (member := _MEMBER.fullmatch(entries.paths[0])) is None:
         return entries
     names = dict.fromkeys(found[1] for entry in entries.paths if (found := _MEMBER.fullmatch(entry)))
     source = _open_shards(Shards(entries.root, list(names), member[2]), columns, index_dir)

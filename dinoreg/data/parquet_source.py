@@ -174,7 +174,7 @@ def table_of(source: ParquetSource, title: str) -> Table:
 
 def _column_of_pictures(place: str, columns: Columns) -> tuple[str | None, list[str]]:
     """The column with the bytes of pictures, if there is one, and the names of all."""
-    with open_parquet(place, f"data: {place}") as file:
+    with open_parquet(place, place) as file:
         schema = file.schema_arrow
     found = {each.name: name for each in schema if (name := _bytes_of(each)) is not None}
     if "path" in columns:

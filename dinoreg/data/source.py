@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
+from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb, read_bands
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.value_range import BadImage, ValueRange
+from dinoreg.data.value_range import BadImage, RawPixels, ValueRange
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.places import is_url, joined, read_place, state
 
@@ -64,8 +64,8 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, index: int) -> bytes | np.ndarray:
-        """A file's bytes, or pixels (H, W, C) uint8. Raises BadImage when the file cannot be read."""
+    def read(self, index: int) -> bytes | np.ndarray | RawPixels:
+        """A file's bytes, or pixels, (H, W, C) uint8 or raw. Raises BadImage when the file cannot be read."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -108,10 +108,13 @@ class Source(ABC):
 
 
 class PathSource(Source):
-    """Files below one root folder."""
+    """Files below one root folder.
 
-    def __init__(self, root: str, paths: PathBlock) -> None:
-        self.root, self.paths = root, paths
+    bands  files of one channel that make a picture; those of one follow each other in `paths`
+    """
+
+    def __init__(self, root: str, paths: PathBlock, bands: int = 1) -> None:
+        self.root, self.paths, self.bands = root, paths, bands
 
     @property
     def passed_over(self) -> dict[str, int]:
@@ -119,18 +122,22 @@ class PathSource(Source):
         return self.paths.passed_over
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths) // self.bands
 
-    def read(self, index: int) -> bytes:
-        """The bytes of a file; BadImage when it cannot be read."""
-        try:
-            return read_place(self.name(index))
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+    def read(self, index: int) -> bytes | RawPixels:
+        """The bytes of a file, or the pixels of several; BadImage when one cannot be read."""
+        files: list[tuple[str, bytes]] = []
+        for place in range(index * self.bands, (index + 1) * self.bands):
+            try:
+                files.append((self.paths[place], read_place(joined(self.root, self.paths[place]))))
+            except OSError as error:
+                which = f"{self.paths[place]}: " if self.bands > 1 else ""
+                raise BadImage(f"{which}cannot be read: {error.strerror}") from error
+        return files[0][1] if self.bands == 1 else read_bands(files)
 
     def name(self, index: int) -> str:
-        """The file's path below the root, with the root."""
-        return joined(self.root, self.paths[index])
+        """The path of the picture's file, or of its first, below the root, with the root."""
+        return joined(self.root, self.paths[index * self.bands])
 
     def fingerprint(self) -> str:
         """Over the paths below the root, not their contents."""
@@ -139,8 +146,8 @@ class PathSource(Source):
     def stamp(self) -> str:
         """By sizes and times of change; of more than STAMPED_FILES files, of that many at equal distances."""
         most = STAMPED_URLS if is_url(self.root) else STAMPED_FILES
-        indices = np.linspace(0, len(self) - 1, min(len(self), most)).astype(np.int64)
-        return stamp_of_files(self.paths.block, (self.name(int(index)) for index in indices))
+        places = np.linspace(0, len(self.paths) - 1, min(len(self.paths), most)).astype(np.int64)
+        return stamp_of_files(self.paths.block, (joined(self.root, self.paths[int(place)]) for place in places))
 
 
 def stamp_of_files(start: bytes, paths: Iterable[str]) -> str:
@@ -211,7 +218,7 @@ class JoinedSource(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part], index - int(self._starts[part])
 
-    def read(self, index: int) -> bytes | np.ndarray:
+    def read(self, index: int) -> bytes | np.ndarray | RawPixels:
         """What the part reads; BadImage when it cannot."""
         part, local = self._locate(index)
         return part.read(local)
@@ -259,7 +266,7 @@ class ChosenSource(Source):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> bytes | np.ndarray:
+    def read(self, index: int) -> bytes | np.ndarray | RawPixels:
         """What the other source reads; BadImage when it cannot."""
         return self.source.read(int(self.indices[index]))
 

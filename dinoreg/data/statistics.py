@@ -87,24 +87,29 @@ def survey(
 def with_statistics(config: Config, source: Source, before: Config | None = None) -> tuple[Config, list[str]]:
     """A config with the mean and deviation of its own pictures where it has only those of RGB and other channels.
 
+    Those of a bag of channels are of all together.
+
     before   of the run that is resumed, whose numbers hold; None: they are measured
     returns  the config, and a line on what was measured or []
     raises   UserError where no picture can be used
     """
     shipped, channels, given = AugmentSettings(), config.model.in_channels, config.augment
-    unknown = {key for key in ("mean", "std") if channels != 3 and getattr(given, key) == getattr(shipped, key)}
+    other = config.model.crop_channels != 3
+    unknown = {key for key in ("mean", "std") if other and getattr(given, key) == getattr(shipped, key)}
     if not unknown:
         return config, []
     if before is not None:
         return replace(config, augment=replace(given, **{key: getattr(before.augment, key) for key in unknown})), []
     found = survey(source, channels, _MEASURED)
-    values = {key: getattr(found, key) for key in sorted(unknown)}
-    if min(found.std) <= 0:
+    mean, std = np.array(found.mean), np.array(found.std)
+    if config.model.bag_of:
+        mean, std = mean.mean(keepdims=True), np.sqrt((std**2 + mean**2).mean(keepdims=True) - mean.mean() ** 2)
+    measured = {"mean": mean, "std": std}
+    values: dict[str, Any] = {key: tuple(measured[key].round(4).tolist()) for key in sorted(unknown)}
+    if std.min() <= 0:
         raise UserError(f"augment.std: missing, and one of {channels} channels is the same everywhere")
-    shown = {
-        key: f"=[{','.join(f'{each:g}' for each in value)}]" if channels < 10 else "" for key, value in values.items()
-    }
-    words = " ".join(f"augment.{key}{numbers}" for key, numbers in shown.items())
+    shown = {key: f"=[{','.join(f'{each:g}' for each in value)}]" for key, value in values.items()}
+    words = " ".join(f"augment.{key}{numbers * (channels < 10)}" for key, numbers in shown.items())
     line = f"{words}: measured, as none is given for {channels} channel{'s' * (channels > 1)}; kept in config.yaml"
     return replace(config, augment=replace(given, **values)), [line]
 

@@ -2,7 +2,7 @@
 
 A table's columns are found by their names. Those of paths, labels and splits may be called as people usually call
 them; others are named, as `columns=path:FILE,label:BREED`. A table without a first line of names is one whose first
-line names a picture.
+line names a picture. Several columns of paths, `columns=path:RED,path:GREEN,path:NIR`, are files of one channel each.
 """
 
 import csv
@@ -85,8 +85,13 @@ class Table:
             usual = [name for name in usual or self.names if _names_picture(self._first_cell(name))] or usual
         if len(usual) > 1:
             several = " and ".join(map(repr, usual[:3]))
-            raise UserError(f"{self.title} has {several}, which both may be the {role}; say columns={role}:NAME")
+            each = f", or one for each channel as {','.join(f'path:{name}' for name in usual[:3])}" * (role == "path")
+            raise UserError(f"{self.title} has {several}, which both may be the {role}; say columns={role}:NAME{each}")
         return (usual[0], [f"the column {usual[0]!r} is taken as the {role}"]) if usual else None
+
+    def further(self, columns: Columns) -> list[str]:
+        """The columns of the channels behind the first, where each channel is a file; UserError for a missing one."""
+        return [self.named(name) for name in columns.get("path", ())[1:]]
 
     def named(self, name: str) -> str:
         """The name of a column, whatever its case; UserError, with all columns, for one that is not there."""
@@ -172,13 +177,13 @@ def column_names(text: str, key: str) -> dict[str, list[str]]:
     """The columns that an option names: "path:a,label:b,label:c" is {"path": ["a"], "label": ["b", "c"]}.
 
     key     of the option, for messages
-    raises  UserError for another form, and for several columns of paths or splits
+    raises  UserError for another form, and for several columns of splits
     """
     found: dict[str, list[str]] = {}
     for part in next(csv.reader([text], skipinitialspace=True), []):
         role, colon, name = (piece.strip() for piece in part.partition(":"))
-        if role not in _ROLES or not colon or not name or (role != "label" and role in found):
-            form = "columns as path:NAME,label:NAME,split:NAME; label more than once where there are several"
+        if role not in _ROLES or not colon or not name or (role not in ("path", "label") and role in found):
+            form = "columns as path:NAME,label:NAME,split:NAME; path and label more than once where there are several"
             raise UserError(f"{key}={text}: {part!r}, expected {form}")
         found.setdefault(role, []).append(name)
     return found
@@ -189,6 +194,8 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 
     Backslashes part folders where there is no file that is called with them.
     """
+    if not entry:
+        raise UserError(f"{where}: the path is empty")
     below = entry.removeprefix(joined(root, "")) if is_url(root) else entry
     if _UNUSUAL.search(below) is None:
         return below

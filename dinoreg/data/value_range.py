@@ -54,6 +54,10 @@ class RawPixels(NamedTuple):
     nodata: float | None = None
     own_range: tuple[float, float] | None = None
 
+    def tobytes(self) -> bytes:
+        """The values' bytes, as an array has them."""
+        return self.values.tobytes()
+
 
 def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
     """(H, W, C) on the scale of bytes: uint8 as they are where nothing is to be scaled, else float32 in 0..255.

@@ -208,7 +208,7 @@ class SharedOptions(Options):
     """What `dinoreg eval` and `dinoreg verdict` have in common: weights, own pictures, machine."""
 
     weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
-    columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
+    columns: str = option("", "of own tables, as path:FILE,label:BREED,split:SET; path:RED,path:NIR: a file a channel")
     range: list[float] | None = option(
         None, "of own pictures, as data.range; none: what the weights say", **VALUE_RANGE
     )

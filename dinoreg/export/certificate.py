@@ -74,10 +74,8 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
             if check["bounded"] and not check["passed"]:
                 relative, where = check["relative_difference"], f"{check['size'][0]}x{check['size'][1]}"
                 far = f"{relative:.1e} of its scale, bound {check['bound']:.1e}" if relative else "no finite number"
-                raise RunError(
-                    f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
-                    f"{check['dtype']} by {far}; nothing written"
-                )
+                what = f"{check['output']} at {where} in {check['dtype']} by {far}"
+                raise RunError(f"format={form.name}: {form.peer} differs from the source: {what}; nothing written")
     pictures = _check_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
     bounded = [(check["dtype"], check["relative_difference"]) for check in checks if check["bounded"]]
@@ -152,10 +150,9 @@ def _check_pictures(form: Format, source: Source, paths: dict[str, Path], answer
     found = compare(source, paths, answers, bounded)
     for check in found["checks"]:
         if not check["passed"]:
-            raise RunError(
-                f"format={form.name}: its own processor makes something else of the file {check['picture']!r} than "
-                f"dinoreg: {check['levels']} of 255 levels apart, cosine {check['cosine']}; nothing written"
-            )
+            else_ = f"makes something else of the file {check['picture']!r} than dinoreg"
+            apart = f"{check['levels']} of 255 levels apart, cosine {check['cosine']}"
+            raise RunError(f"format={form.name}: its own processor {else_}: {apart}; nothing written")
     return found
 
 
@@ -270,29 +267,26 @@ def _compare(form: Format, trial: Trial, answers: Mapping[str, Tensor]) -> Itera
                 shape = None if theirs is None else tuple(theirs.shape)
                 what = f"{output} at {case} has shape {shape}, expected {tuple(value.shape)}"
                 raise RunError(f"{form.peer}: {what}; nothing written")
-            if value.numel():  # the registers of a model that has none are empty
-                size = list(trial.cases[case].shape[2:])
-                check = {"size": size, "batch": len(value), "dtype": dtype, "output": output}
-                yield check | _difference(form, trial, dtype, exact[case, output], value, theirs)
-
-
-def _difference(form: Format, trial: Trial, dtype: str, exact: Tensor, value: Tensor, theirs: Tensor) -> dict[str, Any]:
-    """How far the peer's output is from the source's in a dtype; `exact` is the source's in float32."""
-    scale = float(exact.abs().max()) or 1.0
-    bound, overflow = form.bound, False
-    if dtype != "float32":
-        rounding = float((value - exact).abs().max()) / scale
-        bound = ROUNDING_FACTOR * rounding + torch.finfo(getattr(torch, dtype)).eps
-        overflow = not bool(value.isfinite().all())
-    difference = float((theirs - value).abs().max())
-    numbers = {"max_difference": difference, "relative_difference": difference / scale, "bound": bound}
-    return {
-        "scale": scale,
-        **{key: number if math.isfinite(number) else None for key, number in numbers.items()},  # as JSON can hold it
-        "bounded": trial.bounded and not overflow,
-        "passed": difference / scale <= bound,  # False for NaN
-        "note": OVERFLOW if overflow else trial.note,
-    }
+            if not value.numel():  # the registers of a model that has none
+                continue
+            scale, difference = float(exact[case, output].abs().max()) or 1.0, float((theirs - value).abs().max())
+            bound, overflow = form.bound, False
+            if dtype != "float32":
+                rounding = float((value - exact[case, output]).abs().max()) / scale
+                bound = ROUNDING_FACTOR * rounding + torch.finfo(getattr(torch, dtype)).eps
+                overflow = not bool(value.isfinite().all())
+            numbers = {"max_difference": difference, "relative_difference": difference / scale, "bound": bound}
+            yield {
+                "size": list(trial.cases[case].shape[2:]),
+                "batch": len(value),
+                "dtype": dtype,
+                "output": output,
+                "scale": scale,
+                **{key: each if math.isfinite(each) else None for key, each in numbers.items()},  # as JSON can hold it
+                "bounded": trial.bounded and not overflow,
+                "passed": difference / scale <= bound,  # False for NaN
+                "note": OVERFLOW if overflow else trial.note,
+            }
 
 
 def _answers(trial: Trial, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:

@@ -143,10 +143,8 @@ class RowFile:
                 return False
             known = settings if isinstance(settings, dict) else {}
             key = next((key for key in self.settings if known.get(key) != self.settings[key]), "settings")
-            raise UserError(
-                f"out={self.out}: an unfinished embed has {key}={known.get(key)}, not {self.settings.get(key)}; "
-                "finish it with its own keys, or drop it with overwrite=true"
-            )
+            what = f"an unfinished embed has {key}={known.get(key)}, not {self.settings.get(key)}"
+            raise UserError(f"out={self.out}: {what}; finish it with its own keys, or drop it with overwrite=true")
         if not 0 <= rows == following - len(skipped) <= self.total or self._running != crc:
             print_status(f"{self.folder}: not as it was written; it is computed anew")
             return False
@@ -159,10 +157,8 @@ class RowFile:
         needed = self.row_bytes * (copies * self.total - self.count)
         free = shutil.disk_usage(existing).free
         if needed > free:
-            raise UserError(
-                f"out={self.out}: {self.total:,} rows need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are "
-                "free; dtype=float16 takes half, token=mean one row an image"
-            )
+            room = f"{self.total:,} rows need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free"
+            raise UserError(f"out={self.out}: {room}; dtype=float16 takes half, token=mean one row an image")
 
     def _to_safetensors(self, names: Iterator[str], texts: Mapping[str, str]) -> Path:
         """Names behind the rows, the header in front of them: nothing that is large is moved."""

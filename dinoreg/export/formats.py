@@ -129,10 +129,8 @@ def write_transformers(folder: Path, source: Source) -> None:
     model = source.model
     rows, columns = model.grid
     if rows != columns:
-        raise UserError(
-            f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
-            f"export with size={min(rows, columns) * model.patch_size}"
-        )
+        grids = f"its position grid is square, this model's is {rows}x{columns}"
+        raise UserError(f"format=transformers: {grids}; export with size={min(rows, columns) * model.patch_size}")
     model_type = "dinov3_vit" if model.rope else "dinov2_with_registers" if model.num_registers else "dinov2"
     kind, gated, state = KINDS[model_type], model.ffn == "swiglu", to_meta(model.state_dict())
     if model.rope is not None:
@@ -175,10 +173,8 @@ def _transformers_ratio(model: RegisterViT) -> int:
     for ratio in range(1, 65):
         if hidden_dim_of(model.dim, model.ffn, ratio) == hidden:
             return ratio
-    raise UserError(
-        f"format=transformers: its FFN width is a whole multiple of the model's; this one is {hidden} over {model.dim} "
-        f"(ffn={model.ffn}, ffn_ratio={model.ffn_ratio})"
-    )
+    this = f"this one is {hidden} over {model.dim} (ffn={model.ffn}, ffn_ratio={model.ffn_ratio})"
+    raise UserError(f"format=transformers: its FFN width is a whole multiple of the model's; {this}")
 
 
 # ------------------------------------------------------------------------------------------------------------ Meta

@@ -42,6 +42,8 @@ class PlainViT(nn.Module):
     rope_base   not None: instead queries and keys of the patches are rotated by row and column, with periods up to it
     norm_eps    of all norms
     patch_size  pixels
+    channels    "joint": images have `in_channels`; else each channel goes through the network by itself, of any number
+                of them, and the tokens are put side by side, C * D wide ("bag"), or averaged ("bag_mean")
     dim         width D of the tokens
     ffn         "swiglu" for a gated feed-forward layer, else two matrices with GELU between them
     hidden_dim  width between the two matrices of the FFN (of the gated half, for "swiglu")
@@ -56,6 +58,7 @@ class PlainViT(nn.Module):
         grid: Sequence[int],
         patch_size: int,
         in_channels: int,
+        channels: str,
         dim: int,
         depth: int,
         heads: int,
@@ -71,7 +74,9 @@ class PlainViT(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.patch_size = tuple(grid), patch_size
-        self.embed_dim = self.num_features = dim
+        self.channels, self.embed_dim = channels, dim
+        self.num_features = dim * (in_channels if channels == "bag" else 1)
+        seen = in_channels if channels == "joint" else 1  # by the network at once
         self.num_register_tokens = num_registers
         self.antialias, self.position_offset = antialias, position_offset
         self.rope_base, self.head_dim = rope_base, dim // heads
@@ -80,7 +85,7 @@ class PlainViT(nn.Module):
         self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        projection = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        projection = nn.Conv2d(seen, dim, patch_size, patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection, flatten=nn.Flatten(2)))
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
         for index in {block for block, _ in register_neurons}:
@@ -127,12 +132,21 @@ class PlainViT(nn.Module):
             raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {size}")
         return height // self.patch_size, width // self.patch_size
 
+    def together(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The tokens (B * C, T, D) of a bag's channels as those of its images; others (B, T, D) as they are."""
+        if self.channels == "joint":
+            return tokens
+        of_each = tokens.unflatten(0, images.shape[:2])  # (B, C, T, D)
+        return of_each.mean(dim=1) if self.channels == "bag_mean" else of_each.transpose(1, 2).flatten(2)
+
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) before the first block.
+        """Tokens (B, T, D) before the first block; (B * C, T, D) of a bag of channels.
 
         images  (B, C, H, W) normalised, H and W multiples of the patch size; ValueError for others
         masks   (B, N) bool, True where a patch is replaced by the mask token
         """
+        if self.channels != "joint":
+            images = images.flatten(0, 1).unsqueeze(1)
         grid = self.grid_of(images)
         patches = self.patch_embed(images).transpose(1, 2)  # (B, N, D), row by row
         if masks is not None:
@@ -152,12 +166,12 @@ class PlainViT(nn.Module):
         x, rotation = self.embed(images, masks), self.rotation(images)
         for block in self.blocks:
             x = block(x, rotation)
-        normed, first = self.norm(x), 1 + self.num_register_tokens
+        normed, first = self.together(self.norm(x), images), 1 + self.num_register_tokens
         return {
             "x_norm_clstoken": normed[:, 0],  # (B, D)
             "x_norm_regtokens": normed[:, 1:first],  # (B, R, D)
             "x_norm_patchtokens": normed[:, first:],  # (B, N, D)
-            "x_prenorm": x,  # (B, T, D)
+            "x_prenorm": self.together(x, images),  # (B, T, D)
             "masks": masks,
         }
 
@@ -188,7 +202,7 @@ class PlainViT(nn.Module):
         for index, block in enumerate(self.blocks):
             x = block(x, rotation)
             if index in chosen:
-                outputs.append(self.norm(x) if norm else x)
+                outputs.append(self.together(self.norm(x) if norm else x, images))
         if len(outputs) != len(chosen):
             raise ValueError(f"n={n}: the model has {depth} blocks")
         patches = [tokens[:, 1 + self.num_register_tokens :] for tokens in outputs]

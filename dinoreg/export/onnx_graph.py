@@ -69,9 +69,9 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
         "files": FILES,
         "inputs": {INPUT: ["batch", model.in_channels, *(model.image_size if fixed else ("height", "width"))]},
         "outputs": {
-            "cls": ["batch", model.dim],
-            "registers": ["batch", model.num_registers, model.dim],
-            "patches": ["batch", "patches", model.dim],
+            "cls": ["batch", model.width],
+            "registers": ["batch", model.num_registers, model.width],
+            "patches": ["batch", "patches", model.width],
         },
         "image_size": list(model.image_size) if fixed else "any",
         "native_image_size": list(model.image_size),

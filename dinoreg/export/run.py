@@ -37,12 +37,15 @@ def export(
     format: str,
     out: str | Path,
     size: int | Sequence[int] | None = None,
+    channels: Sequence[int] | None = None,
     with_registers: Callable[[Source], Source] | None = None,
 ) -> Path:
     """What `dinoreg.export` says (`dinoreg.commands.export`), with test-time registers that the caller finds."""
     form = _format(format)
     target = _target(out)
-    source = Source(weights, size)
+    source = Source(weights, size, channels)
+    if source.model.channels != "joint" and (form.name in ("timm", "transformers") or with_registers):
+        raise UserError(f"format={format}: not for a bag of channels; channels=[0] exports the network of one of them")
     if format not in MOVING and (with_registers or source.model.register_neurons):
         raise UserError(f"format={format}: its models cannot have test-time registers; {', '.join(MOVING)} can")
     source = with_registers(source) if with_registers else source

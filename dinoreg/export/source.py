@@ -24,8 +24,9 @@ from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
-from dinoreg.weights.load import load, load_reported, resample_pos_embed
+from dinoreg.weights.load import load, load_reported, resample_pos_embed, select_channels
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
 
@@ -41,11 +42,14 @@ class Source:
     size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
-    def __init__(self, weights: str | Path, size: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self, weights: str | Path, size: int | Sequence[int] | None = None, channels: Sequence[int] | None = None
+    ) -> None:
         """The model that `weights` means (see `dinoreg.load`), its positions resampled to `size` if one is given.
 
-        size    height and width in pixels, or one for both
-        raises  UserError as `dinoreg.load` does, or if the patch size does not divide `size`
+        size      height and width in pixels, or one for both
+        channels  those that it shall take; None: all
+        raises    UserError as `dinoreg.load` and `select_channels` do, or if the patch size does not divide `size`
         """
         self.path, self.size_given = find_weights(weights), size is not None
         self.run: Path | None = None
@@ -54,14 +58,19 @@ class Source:
             self.model = load(weights)
             self.given = f"{random_name(weights)} (random weights)"
         else:
-            self.model, report = load_reported(weights)
-            metadata, self.run = report.weights.metadata, run_of(self.path)
+            loaded = load_reported(weights)
+            self.model, metadata, self.run = loaded.model, loaded.weights.metadata, run_of(self.path)
             self.given = f"{self.path.resolve().parent.name}/{self.path.name}"
             if self.run is not None:
                 self.given = f"{self.run.resolve().name}/{self.path.parent.name}/{self.path.name}"
+        self.model = self.model if channels is None else select_channels(self.model, channels)
         self.preprocessing = Preprocessing.of_model(self.model, self.path)
         if size is not None:
-            self.preprocessing = self.preprocessing.at(checked_size(size, self.model.patch_size))
+            for extent in (sides := as_pair(size, "size")):
+                if extent % self.model.patch_size:
+                    expected = multiples(extent, self.model.patch_size)
+                    raise UserError(f"size={size}: {extent}, expected {expected}")
+            self.preprocessing = self.preprocessing.at(sides)
             self.model = resized(self.model, self.preprocessing.size)
         kinds = {"step": int, "config_hash": str, "test_time": str}
         self.origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
@@ -72,17 +81,6 @@ class Source:
         other = copy.copy(self)
         other.model, other.origin = model, self.origin | origin
         return other
-
-
-def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels; UserError unless they are positive multiples of the patch size."""
-    height, width = as_pair(size, "size")
-    for extent in (height, width):
-        if extent % patch_size:
-            low = extent // patch_size * patch_size
-            near = f"{low} or {low + patch_size}" if low else str(patch_size)
-            raise UserError(f"size={size}: {extent} is not a multiple of the patch size {patch_size}; try {near}")
-    return height, width
 
 
 def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:

@@ -42,8 +42,9 @@ POSITION_STD = 0.02
 # The constructor's arguments, besides the image size, that the weights depend on.
 ARCHITECTURE = (
     *("patch_size", "dim", "depth", "heads", "num_registers", "register_neurons", "ffn", "ffn_ratio", "layerscale"),
-    *("in_channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
+    *("in_channels", "channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
 )
+CHANNELS = ("joint", "bag", "bag_mean")  # of an image are seen together, or each by itself
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
 
 
@@ -145,6 +146,9 @@ class RegisterViT(nn.Module):
     layerscale        initial value of the residuals' channel factors; None or 0 leaves them out
     drop_path         probability in [0, 1) of dropping a residual branch while training, in every block alike, or
                       (drop_path_uniform=False) growing linearly from 0 to it along the depth
+    in_channels       C of images; channels is "joint", or for a bag of channels (Scaling Channel-Adaptive
+                      Self-Supervised Learning, TMLR 2025) "bag" or "bag_mean": each goes through a network of one
+                      channel, and tokens are put side by side in their order, C * D wide, or averaged. C may be any
     antialias, position_offset   how positions are resampled, see `resample_positions`
     init_std          standard deviation of every linear layer's initial weights
     rope_base         None: positions are learned; else patches have rotary ones, of which this and the distortions in
@@ -155,6 +159,7 @@ class RegisterViT(nn.Module):
     checkpointing     recompute each block in the backward pass instead of storing its activations
     raises            UserError for a value out of its range and for sizes that do not divide
 
+    `width` is that of the tokens that come out, C * D of a bag whose channels are side by side, else D.
     `preprocessing` is what weights that were loaded state of pictures (`data.preprocess`), else None; not used here.
     """
 
@@ -175,6 +180,7 @@ class RegisterViT(nn.Module):
         drop_path: float = 0.0,
         drop_path_uniform: bool = True,
         in_channels: int = 3,
+        channels: str = "joint",
         antialias: bool = True,
         position_offset: float = 0.0,
         init_std: float = 0.02,
@@ -196,13 +202,16 @@ class RegisterViT(nn.Module):
             raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if rotary else ''}")
         if ffn not in FFN_KINDS:
             raise UserError(f"ffn={ffn!r} is not known; expected one of {', '.join(FFN_KINDS)}")
+        if channels not in CHANNELS:
+            raise UserError(f"channels={channels!r} is not known; expected one of {', '.join(CHANNELS)}")
         if not 0 <= drop_path < 1:
             raise UserError(f"drop_path={drop_path} is not a probability below 1")
         if num_registers < 0 or depth < 1:
             raise UserError(f"num_registers={num_registers} and depth={depth}: expected >= 0 and >= 1")
 
-        self.patch_size, self.in_channels = patch_size, in_channels
+        self.patch_size, self.in_channels, self.channels = patch_size, in_channels, channels
         self.dim, self.depth, self.heads, self.num_registers = dim, depth, heads, num_registers
+        self.width = dim * (in_channels if channels == "bag" else 1)
         self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
         self.rope_base, self.key_bias, self.norm_eps = rope_base, key_bias, norm_eps
@@ -215,7 +224,7 @@ class RegisterViT(nn.Module):
         self.pos_embed = None if self.rope else nn.Parameter(torch.empty(1, places, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
-        self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
+        self.patch_embed = PatchEmbed(patch_size, in_channels if channels == "joint" else 1, dim)
         rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         hidden = int(dim * ffn_ratio)
         self.blocks = nn.ModuleList(Block(dim, heads, ffn, hidden, layerscale, drop_path=rate) for rate in rates)
@@ -254,10 +263,21 @@ class RegisterViT(nn.Module):
 
     # ---------------------------------------------------------------- embedding
 
+    def _apart(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) as `embed` takes them: of a bag every channel by itself, (B * C, 1, H, W)."""
+        return images if self.channels == "joint" or images.ndim != 4 else images.flatten(0, 1).unsqueeze(1)
+
+    def _together(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Tokens of `_apart(images)` as those of the images, (B, T, D) or (B, T, C * D)."""
+        if self.channels == "joint":
+            return tokens
+        of_each = tokens.unflatten(0, images.shape[:2])  # (B, C, T, D)
+        return of_each.mean(dim=1) if self.channels == "bag_mean" else of_each.transpose(1, 2).flatten(2)
+
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Patchify, hide masked patches, add learned positions, then prepend the class and register tokens.
 
-        images  (B, C, H, W)   height and width divisible by the patch size
+        images  (B, C, H, W)   height and width divisible by the patch size; of a bag of channels C is 1
         mask    (B, N) bool    True where a patch is replaced by the mask token, before positions are added
         returns (B, T, D)      class token, registers, patches; registers carry no position
         raises                 UserError for images or a mask of another shape, and for a mask that is not bool
@@ -288,7 +308,7 @@ class RegisterViT(nn.Module):
         return self.rope.tables(grids, first, self.dim // self.heads, self.cls_token, self.training)
 
     def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
-        groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
+        groups = [self.embed(self._apart(group), hidden) for group, hidden in zip(images, masks, strict=True)]
         return *_pack(groups), self.rope_tables(images)
 
     # ---------------------------------------------------------------- forward
@@ -305,7 +325,7 @@ class RegisterViT(nn.Module):
         mask    (B, N) bool, True where a patch is hidden, or None; for a list of images a list of these
         patches only with a list of images: for each group the indices of the patches to return, (m,) int64, all
                 different and below B * N. The FFN of the last block (two thirds of its work) and the final norm are
-                then computed for them and the class tokens only
+                then computed for them and the class tokens only. Of a bag of channels C is 1 with it
         returns Tokens, a list of Tokens, or with `patches` a list of ChosenTokens; after the final norm
         raises  UserError for images and masks that do not fit one another or the patch size
         """
@@ -324,15 +344,15 @@ class RegisterViT(nn.Module):
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
         x = self.norm(self._run(begun, self.depth, packed, rows=rows))
         if patches is None:
-            outputs = self._split(x, shapes)
+            outputs = self._split(x, shapes, images)
             return outputs if packed else outputs[0]
         sizes = [size for (count, _), chosen in zip(shapes, patches) for size in (count, len(chosen))]
         parts = x.split(sizes)
         return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
-    def _split(self, x: Tensor, shapes: Shapes) -> list[Tokens]:
-        first = 1 + self.num_registers
-        return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
+    def _split(self, x: Tensor, shapes: Shapes, images: Sequence[Tensor]) -> list[Tokens]:
+        first, groups = 1 + self.num_registers, map(self._together, _unpack(x, shapes), images)
+        return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in groups]
 
     def _run(
         self, begun: _Begun, stop: int, packed: bool = False, start: int = 0, rows: Tensor | None = None
@@ -362,7 +382,7 @@ class RegisterViT(nn.Module):
         returns (B, T, D)
         """
         begun = self._begin([images])
-        return _unpack(self._run(begun, self.depth), begun[1])[0]
+        return self._together(_unpack(self._run(begun, self.depth), begun[1])[0], images)
 
     def get_intermediate_layers(
         self,
@@ -407,11 +427,11 @@ class RegisterViT(nn.Module):
         for index in blocks:
             x = self._run((x, shapes, tables), index + 1, start=start)
             start = index + 1
-            outputs += self._split(self.norm(x) if norm else x, shapes)
+            outputs += self._split(self.norm(x) if norm else x, shapes, [images])
         return outputs
 
     def qkv(self, images: Tensor, layer: int = -1, turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one block's attention, each (B, heads, T, head_dim).
+        """Queries, keys and values of one block's attention, each (B, heads, T, head_dim); of a bag C times the heads.
 
         images (B, C, H, W)
         layer  index of the block, from 0, or from the end if negative
@@ -424,7 +444,8 @@ class RegisterViT(nn.Module):
         block = self.blocks[index]
         assert isinstance(block, Block)
         qkv = block.attn.project(block.norm1(x), shapes, tables if turned else None)
-        q, k, v = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.reshape(3, len(images), -1, *parts.shape[3:])
         return q, k, v
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
@@ -432,7 +453,7 @@ class RegisterViT(nn.Module):
 
         images  (B, C, H, W)
         layer   index of the block, from 0, or from the end if negative
-        returns (B, heads, T, T)   float32; rows (queries) sum to one
+        returns (B, heads, T, T)   float32; rows (queries) sum to one; heads as for `qkv`
         raises                     UserError for a block that the model does not have
         """
         q, k, _ = self.qkv(images, layer, turned=True)

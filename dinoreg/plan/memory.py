@@ -157,7 +157,7 @@ def _crops_ahead(job: Job) -> int:
     clean_size = config.loss.clean_size(crops.global_size) or 0
     pixels = 2 * (crops.global_size**2 + clean_size**2) + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
-    return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
+    return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.crop_channels * each
 
 
 def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
@@ -169,6 +169,7 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
     if config.probe.every == 0:
         return 0
     passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE)
+    passing *= config.model.in_channels // config.model.crop_channels  # of a bag every channel passes
     pixels, images = config.model.in_channels * size**2, min(config.probe.num_images, PROBE_BATCH)
     kept = config.probe.num_images * (1 + (config.probe.general is not None)) * pixels
     kept += MOST_IMAGES * (config.probe.dense is not None) * pixels

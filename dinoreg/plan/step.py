@@ -50,7 +50,7 @@ def masked_batch(
     related = config.loss.paka_weight > 0
 
     def pixels(rows: int, size: int) -> Tensor:
-        return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)
+        return torch.randn(rows, config.model.crop_channels, size, size, device=mask.device)
 
     return Batch(
         global_crops=pixels(2 * count, crops.global_size),

@@ -216,8 +216,7 @@ class _Inspection:
             row, patches = weights[0], weights[0, first:]
             shares.append([row[0], row[1:first].sum(), patches[mask].sum(), patches[~mask].sum()])
             unit = patches / patches.sum()
-            even = np.log(len(unit)) if len(unit) > 1 else 1.0
-            entropy.append(float(-(unit * unit.clamp(min=1e-12).log()).sum() / even) if len(unit) > 1 else 1.0)
+            entropy.append(float(torch.special.entr(unit).sum()) / np.log(len(unit)) if len(unit) > 1 else 1.0)
             maps.append(weights[:first, first:].unflatten(1, self.grid))
         names = ("cls_to_itself", "cls_to_registers", "cls_to_outliers", "cls_to_patches")
         return torch.stack(maps[:SHOWN]), {

@@ -38,11 +38,7 @@ DISCOVERY |= {"whole_image_box": score}
 
 
 def write_registers(
-    measured: Sequence[Measured],
-    images: np.ndarray,
-    out: Path,
-    skipped: Sequence[tuple[str, str]] = (),
-    channels: str = "",
+    measured: Sequence[Measured], images: np.ndarray, out: Path, skipped: Sequence[tuple[str, str]], channels: str
 ) -> Path:
     """Write `OUT/registers.html`, and its pictures and `view.json` in `OUT/registers/`; returns the page's path.
 
@@ -81,7 +77,8 @@ def write_registers(
 
 
 def _rows(rows: Sequence[dict[str, Any]], columns: Columns) -> list[list[str]]:
-    return [[or_dash(row[key], written) for key, written in columns.items()] for row in rows]
+    cells = ([(row[key], written) for key, written in columns.items()] for row in rows)
+    return [[DASH if value is None else written(value) for value, written in each] for each in cells]
 
 
 def _discovery(record: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +214,3 @@ def _figures(record: dict[str, Any]) -> str:
     best = max((each for token, each in accuracies.items() if token.startswith("register")), default=None)
     found = {"dash": DASH, "accuracies": accuracies, "best_register": best}
     return render("registers/templates/comparison.txt.j2", **record, **found)
-
-
-def or_dash(value: Any, written: Callable[[Any], str]) -> str:
-    """A value as formatted by `written`; a dash for None."""
-    return DASH if value is None else written(value)

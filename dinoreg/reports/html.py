@@ -113,9 +113,7 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
     start = "grad_norm_"
     gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
     sections = {
-        name: [
-            _chart(run, each["title"], each["keys"] or gradients, each["note"], **each["options"]) for each in charts
-        ]
+        name: [_chart(run, c["title"], c["keys"] or gradients, c["note"], **c["options"]) for c in charts]
         for name, charts in CHARTS["run"].items()
     }
     keys = (each["keys"] for charts in CHARTS["run"].values() for each in charts)

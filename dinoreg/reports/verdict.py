@@ -13,6 +13,7 @@ from dinoreg.checkpoint.run_folder import Probe, Run
 from dinoreg.checkpoint.steps import against_start, probe_in_words
 from dinoreg.runtime.guide import after_training, next_commands
 from dinoreg.runtime.json_files import flatten, is_number, number
+from dinoreg.runtime.printable import enumerated
 from dinoreg.runtime.templates import score
 
 MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
@@ -92,13 +93,13 @@ def judge(probe: Probe) -> Verdict:
     said = next(said for said in TONES if any(found["verdict"] == said for found in against.values()))
     names = [name for name, found in against.items() if found["verdict"] == said]
     words = [in_words(against[name], unit, count) for name in names]
-    spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
+    spoken, do = enumerated([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
     if said == "better":
-        gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
+        gains = enumerated([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
         headline, short = f"Pretraining helps: {gains}.", said
     elif said == "worse":
-        headline = f"{_capital(spoken)} {do} better here: the result is {_and(words)}."
-        short = f"{_and(names)} {do} better"
+        headline = f"{_capital(spoken)} {do} better here: the result is {enumerated(words)}."
+        short = f"{enumerated(names)} {do} better"
     else:
         what = f"no difference to {spoken}" if said == "no difference" else f"{words[0]}: a gain over {spoken}"
         headline, short = f"{_capital(what)}.", words[0]
@@ -194,7 +195,3 @@ def progress(run: Run) -> str:
     """How far the run is, in a sentence."""
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     return f"The run is at step {run.step:,}{total}."
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

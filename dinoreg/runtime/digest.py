@@ -4,8 +4,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from dinoreg.runtime.regular_files import open_regular
 
@@ -27,6 +26,6 @@ def digest(path: Path) -> str:
     return running.hexdigest()
 
 
-def content_digest(data: bytes | np.ndarray) -> bytes:
-    """SHA-256 of a file's bytes or of an array's, 32 bytes."""
+def content_digest(data: Any) -> bytes:
+    """SHA-256 of a file's bytes, or of an array's or of what has `tobytes` like one, 32 bytes."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()

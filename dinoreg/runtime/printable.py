@@ -2,7 +2,7 @@
 
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -35,6 +35,17 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     """Some names with commas between, each shortened, and how many more there are."""
     texts = [shortened(name, 40) for name in names]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
+def enumerated(words: Sequence[str], last: str = "and") -> str:
+    """Words with commas between, and `last` before the last one: a, b or c."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def multiples(side: int, patch: int) -> str:
+    """What a side, in pixels, that the patch size does not divide should have been."""
+    below = max(side // patch, 1) * patch
+    return f"a multiple of the patch size {patch}, as {below} or {below + patch}"
 
 
 def in_markup(text: str) -> str:

@@ -238,9 +238,7 @@ class Health:
     """
 
     def __init__(self, num_prototypes: int, grace: int, ranks: Ranks = ALONE, num_steps: float = math.inf) -> None:
-        self.num_prototypes, self.num_steps = num_prototypes, num_steps
-        self.grace = grace
-        self.ranks = ranks
+        self.num_prototypes, self.num_steps, self.grace, self.ranks = num_prototypes, num_steps, grace, ranks
         self.features: deque[Tensor] = deque()
         self.reported: set[str] = set()
         self._in_a_row: dict[str, int] = {}  # by rule, lines that it has applied to
@@ -307,12 +305,8 @@ class Health:
         late = signals["step"] >= self.grace
         suspected = {r: found for r in RULES if late or not r.late for found in r.observe(signals)}
         self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
-        return [
-            diagnosis
-            for rule, message in suspected.items()
-            if rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW
-            for diagnosis in self._once(rule.name, message)
-        ]
+        certain = (r for r in suspected if r.at_once or self._in_a_row[r.name] >= LINES_IN_A_ROW)
+        return [diagnosis for rule in certain for diagnosis in self._once(rule.name, suspected[rule])]
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
         """One diagnosis when the general probe's k-NN accuracy `now` is below `start` - `margin`; returned once a run.

@@ -75,7 +75,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         with log:
             monitor = Monitor(setup, state, log)
             probes = None if setup.probe is None else ProbeRunner(setup, setup.probe, monitor)
-            checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
+            checkpoints = Checkpoints(setup, writer, log, on_checkpoint)
             if config.model.compile:
                 compile_blocks(state.student, state.teacher)
             if ranks.is_main:
@@ -85,7 +85,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 with Signals() as signals:
                     if probes is not None and state.step == 0:
                         probes.run(state)  # to compare with later
-                    train(setup, state, monitor, probes, checkpoints, signals)
+                    train(monitor, state, probes, checkpoints, signals)
             except (Exception, KeyboardInterrupt) as error:
                 checkpoints.write_end(state.step, error)
                 if not isinstance(error, Exception):
@@ -116,18 +116,13 @@ def open_log(setup: Setup, step: int, trackers: Mapping[str, Remote]) -> SilentL
 
 
 def train(
-    setup: Setup,
-    state: TrainState,
-    monitor: Monitor,
-    probes: ProbeRunner | None,
-    checkpoints: Checkpoints,
-    signals: Signals,
+    monitor: Monitor, state: TrainState, probes: ProbeRunner | None, checkpoints: Checkpoints, signals: Signals
 ) -> None:
     """Train to the end of the run.
 
     raises Interrupted after a signal, once saved; RunError for lost checkpoints, non-finite steps or drifted replicas
     """
-    config, num_steps = setup.config, setup.num_steps
+    setup, config, num_steps = monitor.setup, monitor.setup.config, monitor.setup.num_steps
     save_every = config.checkpoint.period(setup.schedules.horizon)
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoreg.checkpoint.run_folder import logged_losses
+from dinoreg.checkpoint.run_folder import OWN_LOSSES, logged_losses
 from dinoreg.checkpoint.steps import ACCURACIES, DENSE, dense_in_words, probe_in_words
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch
@@ -39,14 +39,7 @@ LOSS_NAMES = {
     "total_loss": "total",
     "dino_global_crops_loss": "dino_global",
     "dino_local_crops_loss": "dino_local",
-    "ibot_loss": "ibot",
-    "koleo_loss": "koleo",
-    "diet_loss": "diet",
-    "anchor_loss": "anchor",
-    "gram_loss": "gram",
-    "paka_loss": "paka",
-    "distill_cls_loss": "distill_cls",
-    "distill_patch_loss": "distill_patch",
+    **{name: name.removesuffix("_loss") for name in ("ibot_loss", "koleo_loss", *OWN_LOSSES)},
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from dinoreg.data.statistics import FEW_IMAGES
 from dinoreg.runtime.durations import about
+from dinoreg.runtime.printable import enumerated
 from dinoreg.train.logger import SilentLog
 
 # Worth a word: fewer batches of images, more passes over them, more seconds.
@@ -81,7 +82,7 @@ class Outlook:
             found += ["a GPU"] if self.model.startswith("vitt") else ["model.name=vitt14_reg4", "a GPU"]
         elif self.is_long:
             found.append("more GPUs")
-        return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]])) or "more images"
+        return enumerated(found, "or") or "more images"
 
     def advice(self) -> str:
         """Doubts and what to do in one line; "" for a run without doubts."""

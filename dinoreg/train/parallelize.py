@@ -207,10 +207,8 @@ def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor], rank
     problems = find_drift(ranks.gather_objects(digests))
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise RunError(
-            f"processes have drifted apart at step {step}: {shown}. Resume from the last checkpoint; if it happens "
-            "again, look at the memory and the network of that machine"
-        )
+        do = "Resume from the last checkpoint; if it happens again, look at the memory and the network of that machine"
+        raise RunError(f"processes have drifted apart at step {step}: {shown}. {do}")
 
 
 def find_drift(digests_of_ranks: list[dict[str, str]]) -> list[str]:

@@ -216,7 +216,7 @@ def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
     warnings = [*seen.warnings, *passed_over_in_words(source.passed_over)]
     if seen.deep and config.data.reference_decode:
         warnings.append("data.reference_decode cuts more than eight bits off: 16-bit pictures become nearly white")
-    left_out = photometric.left_out(config.augment, config.model.in_channels)
+    left_out = photometric.left_out(config.augment, config.model.crop_channels)
     preset = config.augment.preset
     why = f"augment.preset={preset}: {PRESETS[preset].why}" if preset else ""
     return [*filter(None, [why, left_out]), *(f"warning: data: {line}" for line in warnings)]

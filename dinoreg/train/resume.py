@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 from dinoreg.runtime.json_files import read_json
 from dinoreg.train.logger import SilentLog
+from dinoreg.train.prepare import Setup
 from dinoreg.train.state import TrainState
 
 
@@ -63,24 +63,17 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     return messages
 
 
-@dataclass
 class Checkpoints:
     """The checkpoints of a run in progress, with the files beside them: status.json, skipped.jsonl, health events.
 
-    out            the run folder
-    num_steps      of the run
     on_checkpoint  called on rank 0 with (step, teacher file) after a checkpoint has been published
     """
 
-    out: Path
-    writer: Writer
-    source: Source
-    num_steps: int
-    log: SilentLog
-    ranks: Ranks
-    on_checkpoint: Callable[[int, Path], None] | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, setup: Setup, writer: Writer, log: SilentLog, on_checkpoint: Callable[[int, Path], None] | None = None
+    ) -> None:
+        self.out, self.source, self.num_steps, self.ranks = setup.out, setup.source, setup.num_steps, setup.ranks
+        self.writer, self.log, self.on_checkpoint = writer, log, on_checkpoint
         self._status: dict[str, Any] = {}
 
     def save(self, state: TrainState, bad: Mapping[str, str], *, best: bool, wait: bool) -> None:
@@ -176,11 +169,10 @@ class Checkpoints:
         """
         step, position, rollbacks = state.step, state.position, state.rollbacks
         if rollbacks >= max_rollbacks:
-            raise RunError(
-                f"{int(state.rejected)} steps in a row up to step {step} were not finite, after {rollbacks} "
-                f"roll-back(s). Lower the learning rate or use precision=fp32; the samples are listed in "
-                f"{self.out / 'health' / 'nonfinite.jsonl'}, the log is {self.out / 'train.log'}"
-            )
+            many = f"{int(state.rejected)} steps in a row up to step {step} were not finite"
+            samples = f"the samples are listed in {self.out / 'health' / 'nonfinite.jsonl'}"
+            do = f"Lower the learning rate or use precision=fp32; {samples}, the log is {self.out / 'train.log'}"
+            raise RunError(f"{many}, after {rollbacks} roll-back(s). {do}")
         with suppress(RunError):  # then the one before it is the last good one
             self.writer.wait()
         path, _ = find_checkpoint(self.out, self.ranks)

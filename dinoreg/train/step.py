@@ -382,14 +382,7 @@ def micro_batch_seed(seed: int, index: int, rank: int) -> int:
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    now: Now,
-    *,
-    loss: LossConfig,
-    optim: OptimConfig,
-    dtype: torch.dtype,
-    seed: int,
+    state: TrainState, batch: Batch, now: Now, *, loss: LossConfig, optim: OptimConfig, dtype: torch.dtype, seed: int
 ) -> StepResult:
     """One optimizer step, which updates `state` in place; every process calls it together.
 

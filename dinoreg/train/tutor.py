@@ -81,9 +81,9 @@ def views_of(config: Config, crops: CropSettings, patch_size: int, tutor: Tutor 
     raises      UserError for settings that do not fit together
     """
     crops, patch_size = as_cut(tutor, crops, patch_size)
-    loss, channels = config.loss, config.model.in_channels
+    loss, model = config.loss, config.model
     clean_size, related = loss.clean_size(crops.global_size), loss.paka_weight > 0
-    return Views(crops, config.augment, config.mask, patch_size, channels, clean_size, related)
+    return Views(crops, config.augment, config.mask, patch_size, model.crop_channels, clean_size, related, model.bag_of)
 
 
 def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tutor | None:
@@ -98,9 +98,9 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
             raise UserError("distill: missing; name the weights to learn from, distill=WEIGHTS (or distill_size=none)")
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
-    channels, patch = config.model.in_channels, encoder.patch_size
+    channels, patch = config.model.crop_channels, encoder.patch_size
     if encoder.in_channels != channels:
-        raise UserError(f"distill={config.distill}: takes {encoder.in_channels} channels, model.in_channels={channels}")
+        raise UserError(f"distill={config.distill}: takes {encoder.in_channels} channels, a crop has {channels}")
     student_size = config.crops.global_size
     size = config.distill_size or student_size // int(parse_name(config.model.name)["patch_size"]) * patch
     if size % patch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinoreg.models.attention import attention_weights
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.visualize.gallery import ModelGallery, colour_map, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
@@ -188,10 +188,8 @@ def chosen_layers(text: str, depth: int) -> list[int]:
     """ "-1", "0,5,11" or "all" as indices from 0, ascending; UserError for a block that does not exist."""
     if text.strip() == ALL:
         return list(range(depth))
-    try:
+    with reworded(f"layer={text}: expected the index of a block, several with commas, or {ALL}", ValueError):
         numbers = [int(each) for each in text.strip("[]").split(",")]
-    except ValueError:
-        raise UserError(f"layer={text}: expected the index of a block, several with commas, or {ALL}") from None
     for number in numbers:
         if not -depth <= number < depth:
             raise UserError(f"layer={number}: the model has {depth} blocks, 0 to {depth - 1} (or -1 for the last)")

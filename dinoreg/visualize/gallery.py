@@ -38,6 +38,8 @@ LABEL = 18  # height of a line of text in pixels
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
 Size = int | Sequence[int] | None
+Out = str | None
+Num = int | None
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
 
 
@@ -188,17 +190,17 @@ class ModelGallery(Gallery):
     """
 
     def __init__(
-        self, view: str, *, weights: str, images: Images, out: str | None, size: Size, num: int | None, device: str
+        self, view: str, *, weights: str, images: Images, columns: str, out: Out, size: Size, num: Num, device: str
     ) -> None:
         """The arguments are those of `dinoreg view`; writes nothing; raises UserError for what does not fit."""
         self.subject = open_subject(weights, device)
         self.model = self.subject.model
         self.size = picture_size(self.model, size)
         self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
-        self.pictures = read_pictures(self.subject, images, num, self.size)
+        self.pictures = read_pictures(self.subject, images, num, self.size, columns)
         about = {"weights": self.subject.name, "identity": self.subject.encoder.identity, "images": self.pictures.names}
         super().__init__(view, Path(out) if out else view_folder(self.subject), about)
-        preprocessing = self.subject.encoder.preprocessing
+        preprocessing = self.subject.own.preprocessing
         self.pixels = to_pixels(self.pictures.images, preprocessing.mean, preprocessing.std)
 
     def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:

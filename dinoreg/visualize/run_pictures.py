@@ -37,7 +37,7 @@ def _draw(run: Path) -> None:
     if config.data.source is None:
         return
     subject = open_subject(str(run))
-    model, mean, std = subject.model, subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std
+    model, mean, std = subject.model, subject.own.preprocessing.mean, subject.own.preprocessing.std
     size = view_size(config.crops.global_size, model.patch_size)
     images = read_pictures(subject, None, NUM_IMAGES, (size, size)).images
     folder = view_folder(subject)

@@ -23,6 +23,7 @@ from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import multiples
 
 Images = str | Sequence[str] | None  # as `open_images` takes them; None: the data that the run was trained on
 NUM_IMAGES = 8
@@ -94,14 +95,8 @@ def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) ->
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     for side in (height, width):
         if side < patch or side % patch:
-            raise UserError(f"size={side}: {multiples(side, patch)}")
+            raise UserError(f"size={side}: expected {multiples(side, patch)}")
     return height, width
-
-
-def multiples(side: int, patch: int) -> str:
-    """The end of a message on a side, in pixels, that the patch size does not divide: which ones near it would do."""
-    below = max(side // patch, 1) * patch
-    return f"expected a multiple of the patch size {patch}, as {below} or {below + patch}"
 
 
 def view_size(side: int, patch_size: int) -> int:
@@ -110,45 +105,41 @@ def view_size(side: int, patch_size: int) -> int:
     return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
 
 
-def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int]) -> Pictures:
-    """Evenly spaced images of a source, normalised for the model.
+def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int], columns: str = "") -> Pictures:
+    """Evenly spaced images of a source, normalised for the model; for a bag of channels each channel is one.
 
-    spec    as for `open_images`; None: the data that the run was trained on
-    num     images at most; None: 8, or every file where files are named one by one
-    size    (height, width) in pixels
-    raises  UserError for num < 1, without any image, and where none can be read
+    spec, columns  as for `open_images`; None: the data that the run was trained on
+    num            images at most; None: 8, or every file where files are named one by one
+    size           (height, width) in pixels
+    raises         UserError for num < 1, without any image, and where none can be read
     """
     if num is not None and num < 1:
         raise UserError(f"num={num}: expected at least 1 image")
     if spec is None:
         source = run_source(subject)
     else:
-        source = open_images(spec)
+        source = open_images(spec, columns=columns)
         source.value_range = subject.encoder.preprocessing.value_range
         num = len(source) if num is None and is_file_list(spec) else num
     found, skipped = crops_of(source, subject.encoder.preprocessing.at(size), num or NUM_IMAGES)
     if not found:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    images = subject.encoder.prepare(to_encoder(list(found.values())))
-    return Pictures(images, tuple(map(source.name, found)), tuple(skipped))
+    images, names = subject.encoder.prepare(to_encoder(list(found.values()))), [*map(source.name, found)]
+    if subject.own is not subject.encoder:
+        names = [f"{name}, channel {channel}" for name in names for channel in range(images.shape[1])]
+        images = images.flatten(0, 1).unsqueeze(1)
+    return Pictures(images, tuple(names), tuple(skipped))
 
 
 def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[dict[int, Tensor], list[tuple[str, str]]]:
     """{index: crop (C, H, W)} of evenly spaced images, `num` at most, and (name, reason) of unreadable ones."""
-    crops, skipped = {}, []
-    for index in evenly_spaced(len(source), num):
+    crops, skipped, total = {}, [], len(source)
+    for index in range(total) if total <= num else [total * (2 * each + 1) // (2 * num) for each in range(num)]:
         try:
             crops[index] = preprocessing.crop(source.decode(index, len(preprocessing.mean)))
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))
     return crops, skipped
-
-
-def evenly_spaced(total: int, count: int) -> Sequence[int]:
-    """`count` of the indices below `total`, ascending at equal distances, or all of them where there are no more."""
-    if total <= count:
-        return range(total)
-    return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
 def run_source(subject: Opened) -> Source:

@@ -64,12 +64,16 @@ def infer_architecture(
         ffn, hidden = "swiglu", _shaped(state, "blocks.0.mlp.w12.weight", 2, path).shape[0] // 2
     else:
         ffn, hidden = "mlp", _shaped(state, "blocks.0.mlp.fc1.weight", 2, path).shape[0]
+    channels, in_channels = values.get("channels", "joint"), patch.shape[1]
+    if channels != "joint" and in_channels == 1 and type(values.get("in_channels")) is int:
+        in_channels = min(max(values["in_channels"], 1), 1 << 16)  # of a bag: in no tensor
     found: dict[str, Any] = {
         "dim": dim,
         "depth": len(indices),
         "patch_size": patch.shape[2],
         "ffn": ffn,
-        "in_channels": patch.shape[1],
+        "in_channels": in_channels,
+        "channels": channels,
         "num_registers": registers,
         "rope_base": values["rope_base"] if rope else None,
     }

@@ -10,7 +10,7 @@ the new size.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 CHANNEL_WAYS = ("mean", "repeat", "zero")
 PROJECTION = "patch_embed.proj.weight"
+_PER_CHANNEL = {"mean": 1, "std": 1, "range": 2}  # numbers that a preprocessing has for each
 
 
 class LoadReport:
     """The tensors of a file, adapted to a model, and what was done with every one of them and of the model.
 
     weights   the content of the file
+    model     adapted to, which has the weights when it was loaded
     state     the tensors by name, without added registers and a missing mask token, which the caller initialises
     loaded    names of the tensors taken as they are
     reshaped  "pos_embed: 16x16 -> 37x37"
@@ -64,7 +66,7 @@ class LoadReport:
             resampling = theirs["antialias"], theirs["position_offset"]
             state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
             self.reshaped = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
-        before, after = theirs["in_channels"], model.in_channels
+        before, after = state[key].shape[1], model.patch_embed.proj.in_channels
         if before != after:
             if adapt_channels is None:
                 how = f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how (in a run: adapt.channels)"
@@ -76,7 +78,8 @@ class LoadReport:
         source = SOURCES[weights.source]
         was, now = describe_positions(theirs), describe_positions(ours)
         reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
-        self.weights, self.state, self.positions = weights, state, f"positions are {now}, {reason}"
+        self.weights, self.model, self.state = weights, model, state
+        self.positions = f"positions are {now}, {reason}"
         self.grafted = f"register_tokens: {grafts} fresh registers" if grafts else ""
         self.loaded = [key for key, value in weights.backbone.items() if state[key] is value]
 
@@ -115,17 +118,10 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     return report
 
 
-class Loaded(NamedTuple):
-    """A model with weights, and the report on its tensors."""
-
-    model: RegisterViT
-    report: LoadReport
-
-
 def load_reported(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
-) -> Loaded:
-    """As `load`, but with a report, and only for weights that exist (UserError otherwise)."""
+) -> LoadReport:
+    """As `load`, but a report with the model, and only for weights that exist (UserError otherwise)."""
     _check_options(overrides)
     weights = Weights(source)
     theirs = weights.architecture(overrides.get("heads"))
@@ -143,7 +139,8 @@ def load_reported(
     changed = bool(report.reshaped or report.adapted or report.grafted or weights.others)
     changed |= "stated_by" in weights.preprocessing  # a library's words, which ours stand for
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
-    return Loaded(model.to(device).eval().requires_grad_(True), report)
+    report.model = model.to(device).eval().requires_grad_(True)
+    return report
 
 
 def load(
@@ -177,19 +174,22 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
     """A copy of a model that takes some of its image channels, in any order, and the statistics of these.
 
     It computes what the model does where the other channels are at their mean, which `augment.channel_drop` trains for.
+    Of a bag of channels, what it does of these; with one of them it is the plain network of one channel.
 
     chosen  indices of channels, from 0, each once
     raises  UserError for channels that the model does not have, for one that is named twice, and for none
     """
     if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(model.in_channels)}:
         raise UserError(f"channels={list(chosen)}: expected some of 0 to {model.in_channels - 1}, each once")
+    options = {"in_channels": len(chosen)} | ({"channels": "joint"} if len(chosen) == 1 else {})
     with torch.device("meta"):
-        selected = RegisterViT(**(model.architecture() | {"in_channels": len(chosen)}))
+        selected = RegisterViT(**(model.architecture() | options))
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
+    if model.channels == "joint":
+        state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
     selected.load_state_dict(state, assign=True)
     stated = dict(model.preprocessing or {})
-    for key, each in (("mean", 1), ("std", 1), ("range", 2)):
+    for key, each in _PER_CHANNEL.items():
         values = stated.get(key)
         if isinstance(values, Sequence) and len(values) == each * model.in_channels:
             stated[key] = [values[each * channel + part] for channel in chosen for part in range(each)]
@@ -222,17 +222,17 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):
-        raise UserError(
-            f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
-            "registers are only grafted onto a backbone that has none"
-        )
+        differ = f"num_registers is {a['num_registers']}, {whose} {b['num_registers']}"
+        raise UserError(f"weights {path}: {differ}; registers are only grafted onto a backbone that has none")
 
 
 def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:
     """What the weights state of pictures, as far as it fits the model, whose size and channels may be others."""
     stated = dict(weights.preprocessing)
-    if theirs["in_channels"] != model.in_channels:
-        stated = {key: value for key, value in stated.items() if key not in ("mean", "std", "range")}
+    for key, each in _PER_CHANNEL.items() if theirs["in_channels"] != model.in_channels else ():
+        values = stated.pop(key, None)
+        if model.channels != "joint" and isinstance(values, list) and values == values[:each] * (len(values) // each):
+            stated[key] = values[:each]  # one for all channels, and so for any
     sides, short = as_sides(stated.get("image_size")), stated.pop("short_side", None)
     if sides and model.image_size != tuple(theirs["image_size"]):
         stated["image_size"] = list(model.image_size)

@@ -34,10 +34,8 @@ def not_there(source: str | Path) -> UserError:
         fetch = "nothing is downloaded: fetch the weights and give their path"
         return UserError(f"weights {text!r}: no such file or run folder; {fetch}{hint}")
     fetch = f"fetch {published} and give its path" if published else "no weights are published under it"
-    return UserError(
-        f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}, "
-        f"or weights={RANDOM}{text.removeprefix('timm/')} for random weights"
-    )
+    fetch += f", or weights={RANDOM}{text.removeprefix('timm/')} for random weights"
+    return UserError(f"weights {text!r}: names an architecture, not weights here; nothing is downloaded: {fetch}")
 
 
 def _published(name: str) -> str | None:

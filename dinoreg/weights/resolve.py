@@ -150,10 +150,8 @@ class Weights:
                 found = "dinoreg"  # without registers the names alone would look like timm's
             if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
                 if not is_dinov3(state) and stated.values.get("rope_base") is None:
-                    raise UserError(
-                        "no 'pos_embed': positions are not learned, and nothing says that they are rotary as DINOv3's; "
-                        "timm runs a model of its own as weights=timm:NAME:FILE"
-                    )
+                    why = "positions are not learned, and nothing says that they are rotary as DINOv3's"
+                    raise UserError(f"no 'pos_embed': {why}; timm runs a model of its own as weights=timm:NAME:FILE")
                 stated = replace(stated, values={"rope_base": BASE, **stated.values})
                 backbone = from_dinov3(state, found)
             elif found == "timm":

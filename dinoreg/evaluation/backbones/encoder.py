@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import timm_preprocessing
+from dinoreg.weights.load import select_channels
 
 RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
@@ -178,7 +180,7 @@ class NativeEncoder(_ModuleEncoder):
     module: RegisterViT
 
     def __init__(self, module: RegisterViT, *arguments: Any, **options: Any) -> None:
-        self.dim, self.depth, self.patch_size = module.dim, module.depth, module.patch_size
+        self.dim, self.depth, self.patch_size = module.width, module.depth, module.patch_size
         self.num_registers, self.in_channels = module.num_registers, module.in_channels
         self.image_size = module.image_size
         super().__init__(module, *arguments, **options)
@@ -190,6 +192,14 @@ class NativeEncoder(_ModuleEncoder):
         first = 1 + self.num_registers
         q, k, v = (part.transpose(1, 2).flatten(2)[:, first:] for part in self.module.qkv(x, block))
         return q, k, v
+
+    @cached_property
+    def of_one_channel(self) -> NativeEncoder:
+        """Of a bag of channels the encoder of any of them; else itself."""
+        if self.module.channels == "joint":
+            return self
+        alone = replace(self.preprocessing, mean=self.preprocessing.mean[:1], std=self.preprocessing.std[:1])
+        return NativeEncoder(select_channels(self.module, [0]), self.name, alone, self.device, self.dtype)
 
     def random_init(self, seed: int = 0) -> Encoder:
         """A RegisterViT of the same architecture with random weights, LayerScale starting at 1."""

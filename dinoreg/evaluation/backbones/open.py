@@ -47,10 +47,15 @@ class Opened(NamedTuple):
         return self.encoder.name
 
     @property
-    def model(self) -> RegisterViT:
-        """The network of an encoder that is one of ours, as those of `open_native` are."""
+    def own(self) -> NativeEncoder:
+        """An encoder that is one of ours, as those of `open_native` are; of a bag of channels that of one of them."""
         assert isinstance(self.encoder, NativeEncoder)
-        return self.encoder.module
+        return self.encoder.of_one_channel
+
+    @property
+    def model(self) -> RegisterViT:
+        """The network of `own`."""
+        return self.own.module
 
 
 def open_model(model: Any, device: str, precision: str) -> Opened:
@@ -126,8 +131,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
-    if loaded.report.weights.others:  # the file holds several networks
-        name = f"{name} ({loaded.report.weights.where})"
+    if loaded.weights.others:  # the file holds several networks
+        name = f"{name} ({loaded.weights.where})"
     encoder = NativeEncoder(loaded.model, name, Preprocessing.of_model(loaded.model, file), device, dtype)
     encoder.watched = None if run is None or step is None else watched_in(run, step)
     return Opened(encoder, run, step or 0)

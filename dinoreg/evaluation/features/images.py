@@ -39,7 +39,7 @@ def read_picture(source: Source, index: int) -> Picture:
         if source.as_trained:
             return source.decode(index, source.in_channels)
         data = source.read(index)
-        rgb = Image.fromarray(data).convert("RGB") if isinstance(data, np.ndarray) else pillow_rgb(data)
+        rgb = pillow_rgb(data) if isinstance(data, bytes) else Image.fromarray(np.asarray(data)).convert("RGB")
         return rgb.convert("L") if source.in_channels == 1 else rgb
 
 
