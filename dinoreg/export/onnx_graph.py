@@ -136,9 +136,6 @@ def _quiet() -> Iterator[None]:
 # Bicubic resampling as two matrix products
 
 
-PLAIN_SLOPE = -0.75  # of the cubic kernel in PyTorch's resampling without antialiasing
-
-
 def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | float = 0.0) -> Tensor:
     """The weights (target, grid), float32, of `grid` samples in each of `target` resampled ones.
 
@@ -160,7 +157,7 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     weights = torch.zeros_like(point * sources)
     for tap in (-1.0, 0.0, 1.0, 2.0):
         place = (first + tap).clamp(0, grid - 1)
-        share = cubic_kernel((point - first - tap).abs(), PLAIN_SLOPE)
+        share = cubic_kernel((point - first - tap).abs(), -0.75)  # the slope of PyTorch's without antialiasing
         weights = weights + (sources == place).to(torch.float32) * share
     return weights
 

@@ -113,9 +113,6 @@ def _aside(target: Path) -> Iterator[Path]:
 # The model card
 
 
-MAX_TEXT = 200  # characters of a text from a run that are shown
-
-
 def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[str, Any]) -> None:
     """Write `README.md` into the artefact's folder.
 
@@ -163,7 +160,7 @@ def _worst_checks(certificate: Mapping[str, Any]) -> Iterator[tuple[Any, str, bo
 
 
 def _short(value: object) -> str:
-    return str(value)[:MAX_TEXT]
+    return str(value)[:200]  # characters
 
 
 def _base_name(value: Any) -> str:

@@ -106,7 +106,6 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
 
 MIN_COSINE = 0.9999  # of class tokens
 MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
-_TURNED = 6
 
 
 def _needs_tiff(stated: Preprocessing) -> bool:
@@ -188,7 +187,7 @@ def _write_bytes(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[st
     veiled.putalpha(Image.linear_gradient("L").resize(veiled.size))
     save("transparent", veiled)
     exif = Image.Exif()
-    exif[ORIENTATION_TAG] = _TURNED
+    exif[ORIENTATION_TAG] = 6  # turned
     save("turned", drawn["wide"], "jpg", quality=95, exif=exif)
     return paths
 

@@ -163,7 +163,6 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
 
 
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
-ALIKE = 0.98  # mean cosine of registers that have not come apart
 
 
 def judge(record: dict[str, Any]) -> Verdict:
@@ -173,7 +172,8 @@ def judge(record: dict[str, Any]) -> Verdict:
     """
     outlier_probe = _probe(record, "outlier patch")
     against = (outlier_probe or {}).get("against")
-    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > ALIKE
+    # Registers whose mean cosine is higher have not come apart.
+    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > 0.98
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,

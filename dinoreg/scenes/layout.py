@@ -19,10 +19,6 @@ UNITS = 64.0  # units along one side of the picture
 # Hue of each background, as surroundings have it: water and snow, meadow and foliage, sand and boards share one, so
 # that colours distinguish a third of the classes from the rest, but not the four classes with the same hue.
 PALETTES = (0.58, 0.30, 0.30, 0.10, 0.10, 0.58)
-FLIPPED = 0.1  # share of textures whose light and dark change places
-USUAL_BACKGROUND = 0.85
-BULGE = 0.6  # how far an object's middle stands out, in radii
-FOCAL = 1.2 * UNITS  # focal length, units
 PLAN_STREAM, NOISE_STREAM, LABEL_STREAM = 0, 1, 2
 
 Draw = Callable[..., Any]  # uniform numbers in [low, high), by default in [0, 1), the next ones of a stream
@@ -113,7 +109,7 @@ def _colour(hue: float, chroma: float, luma: float) -> list[float]:
 def _two_tone(draw: Draw, hue: float, contrast: tuple[float, float]) -> list[list[float]]:
     """Two colours of a palette, of clearly different brightness, the second usually darker."""
     base = hue + draw(-0.06, 0.06)
-    half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
+    half = draw(*contrast) * (-1.0 if draw() < 0.1 else 1.0)  # in some textures light and dark change places
     middle = draw(0.40, 0.62)
     first = _colour(base, draw(0.08, 0.20), middle + half)
     return [first, _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half)]
@@ -139,8 +135,8 @@ def _thing(draw: Draw, label: int, x: float, y: float, radius: float, behind: fl
     colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))]
     colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))]
     metres = kind.metres * draw(0.8, 1.25)
-    bulge = BULGE * metres
-    near = max(metres * FOCAL / radius - bulge, behind)
+    bulge = 0.6 * metres  # how far its middle stands out
+    near = max(metres * (1.2 * UNITS) / radius - bulge, behind)  # with a focal length of 1.2 sides
     return Thing(label, pose, draw(size=6).tolist(), radius / period, np.array(colours, np.float32), near, bulge)
 
 
@@ -152,7 +148,7 @@ def plan(index: int, seed: int = 0) -> Plan:
     draw: Draw = generator(seed, PLAN_STREAM, index).uniform
     label = label_of(index, seed)
     usual = KINDS[label].background
-    background = usual if draw() < USUAL_BACKGROUND else int(draw(0, len(BACKGROUNDS)))
+    background = usual if draw() < 0.85 else int(draw(0, len(BACKGROUNDS)))
     radius = 0.5 * UNITS * draw(0.62, 0.98)
     spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
     main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)

@@ -188,7 +188,6 @@ _CONSOLE = {
     "lr": "lr {:.2e}",
     "images_per_second": "{:.1f} img/s",
 }
-_WAITS = 0.1  # share of a step from which waiting for images is worth a word
 _APART = 15.0, 600.0  # seconds between lines where there is no bar: a hundredth of the running time, within these
 
 # Files of JSON lines, each with its step.
@@ -298,7 +297,7 @@ class RunLog(SilentLog):
         self._add_scalars("train", numbers, values["step"])
         line = "  ".join(form.format(values[key]) for key, form in _CONSOLE.items() if key in values)
         waits, whole = values.get("data_time", 0.0), values["step_time"]
-        line += f"  {waits / whole:.0%} waiting for images" if waits > _WAITS * whole else ""
+        line += f"  {waits / whole:.0%} waiting for images" if waits > 0.1 * whole else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
         self._show(values, line)
 

@@ -43,8 +43,6 @@ from dinoreg.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
-# An fp16 loss scale may halve this often before a non-finite step means anything.
-FP16_GRACE = 16
 _NO_DATA = 1000  # in place of a signal's number: some process has no batch
 
 
@@ -124,7 +122,8 @@ def train(
     """
     setup, config, num_steps = monitor.setup, monitor.setup.config, monitor.setup.num_steps
     save_every = config.checkpoint.period(setup.schedules.horizon)
-    max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
+    # An fp16 loss scale may halve 16 times before a non-finite step means anything.
+    max_nonfinite = config.health.max_nonfinite + (16 if monitor.fp16 else 0)
     patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)
     batches, pace = open_stage(setup, state, patience)
     try:

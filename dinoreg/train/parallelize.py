@@ -30,9 +30,6 @@ from dinoreg.runtime.packed_attention import Shapes, mark_constants
 # A student or teacher by module name, see `state.Networks`.
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
-# Above this many parameters in the student, replicas of the training state on every process waste memory.
-LARGEST_FOR_DDP = 300_000_000
-
 
 def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: int) -> str:
     """ "single", "ddp" or "fsdp", from the options or, for "auto", from the number of parameters of the student.
@@ -45,7 +42,8 @@ def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: in
         raise UserError(f"parallel.shard={options.shard}: expected a divisor of the {world_size} processes")
     if options.strategy != "auto":
         return options.strategy
-    return "fsdp" if num_parameters > LARGEST_FOR_DDP or options.shard is not None else "ddp"
+    # Of larger networks, replicas of the training state on every process waste memory.
+    return "fsdp" if num_parameters > 300_000_000 or options.shard is not None else "ddp"
 
 
 def parallelize(

@@ -33,10 +33,6 @@ from dinoreg.train.parallelize import Modules, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
-# fp16 loss scaling, as in torch.amp: halve on overflow, double after this many finite steps.
-SCALE_GROWTH_STEPS = 2000
-SMALLEST_LOSS_SCALE = 1.0
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -432,8 +428,9 @@ def train_step(
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:
-    grown = state.scale_age + 1 >= SCALE_GROWTH_STEPS
+    """As torch.amp: halve on overflow, down to 1, double after 2000 finite steps."""
+    grown = state.scale_age + 1 >= 2000
     larger = torch.where(grown, state.loss_scale * 2.0, state.loss_scale)
-    smaller = (state.loss_scale * 0.5).clamp(min=SMALLEST_LOSS_SCALE)
+    smaller = (state.loss_scale * 0.5).clamp(min=1.0)
     state.loss_scale = torch.where(accepted.bool(), larger, smaller)
     state.scale_age = torch.where(accepted.bool() & ~grown, state.scale_age + 1, 0)

@@ -244,7 +244,6 @@ _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_va
                   "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer",
                   "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_rescale_coords"}  # fmt: skip
 
-_TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
 
 
@@ -291,7 +290,7 @@ def timm_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
     size, how = config.get("input_size"), config.get("interpolation") or "bicubic"
     share: Any = config.get("crop_pct")
     sides = as_sides(size[1:]) if isinstance(size, list | tuple) else None
-    share = share if is_number(share) and 0 < share <= 1 else _TIMM_CROP_SHARE
+    share = share if is_number(share) and 0 < share <= 1 else 0.875  # timm's default
     stretched = config.get("crop_mode") not in (None, "center")
     return _found(
         CONFIG,
