@@ -12,7 +12,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
 from dinoreg.config.option import flat
 from dinoreg.data.loader import Batch, BatchLoader
-from dinoreg.distributed.process_group import Ranks, session
+from dinoreg.distributed.process_group import session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
@@ -124,7 +123,7 @@ def train(
     save_every = config.checkpoint.period(setup.schedules.horizon)
     # An fp16 loss scale may halve 16 times before a non-finite step means anything.
     max_nonfinite = config.health.max_nonfinite + (16 if monitor.fp16 else 0)
-    patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)
+    patience = Patience(monitor, signals)
     batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
@@ -161,18 +160,12 @@ def train(
         checkpoints.close(batches.bad)
 
 
-@dataclass
 class Patience:
-    """What is done while a process waits: files that are not read are named, and signals answered.
+    """What is done while a process waits: files that are not read are named, and signals answered."""
 
-    timeout  seconds without an answer after which the others count this process as lost
-    """
-
-    ranks: Ranks
-    log: SilentLog
-    signals: Signals
-    timeout: float
-    said: float = 0.0
+    def __init__(self, monitor: Monitor, signals: Signals) -> None:
+        self.ranks, self.log, self.signals, self.said = monitor.ranks, monitor.log, signals, 0.0
+        self.timeout = monitor.setup.config.parallel.timeout  # after which the others count this process as lost
 
     def for_data(self, seconds: float) -> None:
         """After `seconds` of waiting for a batch; Interrupted after a signal to any process.
