@@ -42,8 +42,7 @@ from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed
-from dinoreg.scenes.layout import label_of
-from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, label_of, render
 
 NEIGHBOURS = 20
 BATCH_SIZE = 128

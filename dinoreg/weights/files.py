@@ -185,10 +185,6 @@ _FIRST_TENSORS = re.compile(
     rf"|embeddings\.{_WRAPPED}patch_embeddings\.{_WRAPPED}(?:projection\.)?weight)"
 )
 
-# Words in the name of a network, between dots and underscores.
-_AVERAGES = {"teacher", "ema", "swa", "averaged"}
-_STUDENTS = {"student", "online"}
-
 
 class Found(NamedTuple):
     """A backbone's tensors, and where in the file's content they were.
@@ -221,7 +217,8 @@ class _Network:
     @property
     def standing(self) -> tuple[bool, int]:
         words = set(re.split(r"[._]", self.where.lower()))
-        return self.whole, 2 if words & _AVERAGES else 0 if words & _STUDENTS else 1
+        rank = 2 if words & {"teacher", "ema", "swa", "averaged"} else 0 if words & {"student", "online"} else 1
+        return self.whole, rank
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name; UserError where two names become one, and for tensors that are not floating point."""
