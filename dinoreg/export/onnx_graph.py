@@ -148,8 +148,7 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     scale = (grid / (torch.full((), target, dtype=torch.float64) + offset)).float()
     if antialias:
         # The kernel widens as the target shrinks; what falls outside the grid is left out and the rest sums to one.
-        distance = (sources + 0.5 - places * scale) / scale.clamp(min=1.0)
-        weights = cubic_kernel(distance.abs(), ANTIALIASED_SLOPE)
+        weights = cubic_kernel(((sources + 0.5 - places * scale) / scale.clamp(min=1.0)).abs(), ANTIALIASED_SLOPE)
         return weights / weights.sum(dim=1, keepdim=True)
     # Four taps around the sampling point; those outside the grid take the value at its border.
     point = places * scale - 0.5

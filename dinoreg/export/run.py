@@ -59,8 +59,7 @@ def export(
             drop_float16(artefact)
             certificate["artefact"]["files"] = listing(artefact)
         write_card(artefact, form, source, certificate)
-        text = json.dumps(certificate, indent=1) + "\n"
-        (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
+        (artefact / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         for path in (*artefact.iterdir(), artefact):
             sync(path)
         os.replace(artefact, target)

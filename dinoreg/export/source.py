@@ -68,8 +68,7 @@ class Source:
         if size is not None:
             for extent in (sides := as_pair(size, "size")):
                 if extent % self.model.patch_size:
-                    expected = multiples(extent, self.model.patch_size)
-                    raise UserError(f"size={size}: {extent}, expected {expected}")
+                    raise UserError(f"size={size}: {extent}, expected {multiples(extent, self.model.patch_size)}")
             self.preprocessing = self.preprocessing.at(sides)
             self.model = resized(self.model, self.preprocessing.size)
         kinds = {"step": int, "config_hash": str, "test_time": str}

@@ -152,10 +152,8 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
     norms = measured.norms[-1, :count].unflatten(1, grid).numpy()
     lines = []
     for picture, norm, attention in zip(images, norms, measured.attention.numpy()):
-        maps = [colour_map(norm, float(norms.max())), *map(colour_map, attention)]
-        lines.append(map_row(picture, maps, TILE))
-    names = [name.replace("register", "reg") for name in token_names(tokens - 1)]
-    return sheet(lines, ["image", "norms", *names])
+        lines.append(map_row(picture, [colour_map(norm, float(norms.max())), *map(colour_map, attention)], TILE))
+    return sheet(lines, ["image", "norms", *[name.replace("register", "reg") for name in token_names(tokens - 1)]])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -159,5 +159,4 @@ def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tenso
 
 
 def _share(patches: Sequence[Tensor], limit: float) -> float:
-    above = [(part.float().norm(dim=-1) > limit).flatten() for part in patches]
-    return float(torch.cat(above).double().mean())
+    return float(torch.cat([(part.float().norm(dim=-1) > limit).flatten() for part in patches]).double().mean())

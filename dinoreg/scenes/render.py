@@ -153,8 +153,7 @@ def plan(index: int, seed: int = 0) -> Plan:
     """
     draw: Draw = generator(seed, PLAN_STREAM, index).uniform
     label = label_of(index, seed)
-    usual = KINDS[label].background
-    background = usual if draw() < 0.85 else int(draw(0, len(BACKGROUNDS)))
+    background = KINDS[label].background if draw() < 0.85 else int(draw(0, len(BACKGROUNDS)))
     radius = 0.5 * UNITS * draw(0.62, 0.98)
     spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
     main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)

@@ -107,8 +107,7 @@ class MLflow:
         self.client: Any = mlflow.MlflowClient()
         self._last: Any = None
         if identity is None:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            experiment = mlflow.set_experiment(name).experiment_id
+            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id
             identity = str(self.client.create_run(experiment, run_name=out.resolve().name).info.run_id)
             params = [mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
             self.client.log_batch(identity, params=params)

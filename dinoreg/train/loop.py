@@ -240,8 +240,7 @@ def open_stage(
             torch.compiler.reset()  # else what is compiled anew would be for crops of any size
         sizes = f"{views.crops.global_size} and {views.crops.local_size} px"
         patience.log.say(f"step {state.step}: from here to step {end} crops of {sizes}")
-    loader = setup.batches(state).when_waiting(patience.for_data)
-    return loader, Pace(setup.outlook, end, patience.log, setup.device)
+    return setup.batches(state).when_waiting(patience.for_data), Pace(setup.outlook, end, patience.log, setup.device)
 
 
 def every(period: int, step: int) -> bool:

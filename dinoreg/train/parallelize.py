@@ -65,8 +65,7 @@ def parallelize(
 
     FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
     """
-    num_parameters = sum(p.numel() for p in student.parameters())
-    strategy = choose_strategy(options, num_parameters, ranks.world_size)
+    strategy = choose_strategy(options, sum(p.numel() for p in student.parameters()), ranks.world_size)
     if strategy == "fsdp":
         mesh = mesh or device_mesh(device, options.shard, ranks.world_size)
         policy = MixedPrecisionPolicy(
@@ -107,8 +106,7 @@ def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolic
     # Tokens are views of one tensor; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in networks.values():
-        units = [*module.blocks, module] if isinstance(module, RegisterViT) else [module]
-        for unit in units:
+        for unit in [*module.blocks, module] if isinstance(module, RegisterViT) else [module]:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 

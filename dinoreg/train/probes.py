@@ -145,8 +145,7 @@ class Probe:
         mean, std = per_channel(self.mean, device), per_channel(self.std, device)
         found = []
         for part in rows.view(share, ranks.world_size, size)[:, ranks.rank]:
-            images = self.images[part]
-            pixels = (images.to(device).float() / 255 - mean) / std
+            pixels = (self.images[part].to(device).float() / 255 - mean) / std
             with autocast(device, dtype):
                 found.append(what(backbone(pixels), part))
         gathered = ranks.gather_rows(torch.stack(found)).unflatten(0, (ranks.world_size, share))

@@ -100,10 +100,8 @@ def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -
     """
     sizes = [len(tokens) for tokens in cls_tokens]
     if "ibot_head" in networks:
-        cls_logits = networks["dino_head"](torch.cat(cls_tokens))
-        return (*cls_logits.split(sizes), networks["ibot_head"](patch_tokens))
-    logits = networks["dino_head"](torch.cat([*cls_tokens, patch_tokens]))
-    return logits.split([*sizes, len(patch_tokens)])
+        return (*networks["dino_head"](torch.cat(cls_tokens)).split(sizes), networks["ibot_head"](patch_tokens))
+    return networks["dino_head"](torch.cat([*cls_tokens, patch_tokens])).split([*sizes, len(patch_tokens)])
 
 
 @torch.no_grad()
@@ -276,8 +274,7 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, r
     with torch.enable_grad():
         value = weight * koleo_of_views(views.flatten(0, 1))
         (gradient,) = torch.autograd.grad(value, views)
-    own = ranks.rank % size
-    return value.detach(), size * gradient.unflatten(1, (size, -1))[:, own].flatten(0, 1)
+    return value.detach(), size * gradient.unflatten(1, (size, -1))[:, ranks.rank % size].flatten(0, 1)
 
 
 def held_to(state: TrainState, batch: Batch, loss: LossConfig, accumulate: int, gram: bool) -> Held:

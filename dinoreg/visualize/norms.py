@@ -112,8 +112,7 @@ def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
     returns  (L, k) float64, rows sum to one
     """
     inside = norms.flatten(1).clamp(edges[0], edges[-1])
-    counts = torch.stack([torch.histogram(row, edges).hist for row in inside])
-    return counts.double() / inside.shape[1]
+    return torch.stack([torch.histogram(row, edges).hist for row in inside]).double() / inside.shape[1]
 
 
 def histogram(norms: Tensor) -> dict[str, list[Any]]:

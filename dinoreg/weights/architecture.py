@@ -141,8 +141,7 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path
         raise UserError(f"weights {path}: {stated.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
     ratio = hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
     # Rounding may have put the quotient a hair below the ratio that gives the width back.
-    above = math.nextafter(ratio, math.inf)
-    return next((r for r in (4.0, ratio) if hidden_dim_of(dim, ffn, r) == hidden), above)
+    return next((r for r in (4.0, ratio) if hidden_dim_of(dim, ffn, r) == hidden), math.nextafter(ratio, math.inf))
 
 
 def _register_neurons(depth: int, units: int, stated: Stated, path: str | Path) -> list[list[int]]:
