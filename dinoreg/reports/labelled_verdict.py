@@ -117,8 +117,7 @@ def in_short(record: Mapping[str, Any]) -> list[str]:
     """The record in lines for the terminal: accuracies, differences, labels, the advice."""
     roles, count = record["contenders"], record["data"]["n_test"]
     lines = [f"{NAMES[role]} ({each['name']}): {with_interval(**each['logistic'])}" for role, each in roles.items()]
-    for row in _differences(record):
-        lines.append(f"your own against {row[0]}: {row[1]}; k-NN {row[2]}")
+    lines += [f"your own against {row[0]}: {row[1]}; k-NN {row[2]}" for row in _differences(record)]
     lines += [f"labels for {what}: {said}" for what, said in _labels(record)]
     return [f"{record['data']['title']}, logistic regression on {count:,} pictures", *lines]
 

@@ -96,9 +96,7 @@ def batch_for(images: int) -> int:
 
 def rounded(value: float) -> str:
     """A number with three significant digits and commas, as 23,500; below 100 with one decimal, as 1.6."""
-    if value < 100:
-        return f"{value:.1f}".removesuffix(".0")
-    return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.1f}".removesuffix(".0") if value < 100 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _floor(value: float) -> int:

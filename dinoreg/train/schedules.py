@@ -46,9 +46,7 @@ def linear(start: float, end: float, step: int, steps: int) -> float:
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
     """Half a cosine from `start` at step 0 to `end` at step `steps`; `end` after it."""
-    if step >= steps:
-        return end
-    return CosineParamScheduler(start, end)(step / steps)
+    return end if step >= steps else CosineParamScheduler(start, end)(step / steps)
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,7 @@ def library_of(folder: Path) -> str | None:
     if not path.is_file() or (folder / "config.yaml").is_file():
         return None
     config = read_json(path)
-    if "model_type" in config:
-        return "transformers"
-    return "timm" if "architecture" in config else None
+    return "transformers" if "model_type" in config else "timm" if "architecture" in config else None
 
 
 def read_config(folder: Path, library: str) -> Stated:
