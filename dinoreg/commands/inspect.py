@@ -69,6 +69,8 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
 
     path = Path(data if isinstance(data, str) else data[0])
     more: list[str] = [reading] if reading else []
+    if any(mark in path.name for mark in "*?[{"):  # shards, called as their folder
+        path = path.parent
     name = path.stem if path.is_file() else path.name.partition(":")[0]
     if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes

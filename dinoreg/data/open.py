@@ -228,10 +228,8 @@ def _open_list(
             raise UserError(f"data: the list {spec} names no files")
         return {"names": np.frombuffer(block, np.uint8), "weights": np.array(weights)}
 
-    states = states_of([absolute(spec)])
-    kept = kept_index(
-        "\0".join(("list", absolute(spec), folder, str(len(paths)), *wanted)), (_VERSION, states), index_dir, find
-    )
+    evidence = _VERSION, states_of([absolute(spec)])
+    kept = kept_index("\0".join((f"list {len(paths)}", absolute(spec), folder, *wanted)), evidence, index_dir, find)
     source = _in_shards(PathSource(folder, PathBlock(kept["names"].tobytes()), len(paths)), columns, index_dir)
     return WeightedSource(source, kept["weights"]) if len(kept["weights"]) else source
 
