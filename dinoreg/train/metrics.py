@@ -225,8 +225,8 @@ class ProbeRunner:
         monitor  logs; it excludes the time of probes from the step time
         """
         self.setup, self.probe, self.monitor, self.options = setup, probe, monitor, setup.config.probe
-        tenth = max(1, setup.schedules.horizon // 10)
-        self.every = tenth if self.options.every is None else self.options.every
+        every = self.options.every
+        self.every = max(1, setup.schedules.horizon // 10) if every is None else every
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
         self._images = "" if self.probe.source is None else self.probe.source.fingerprint()
