@@ -76,7 +76,8 @@ def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Sour
     wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))
     ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
     labels = np.array([ranks.get(stem, -1) for stem in stems], dtype=np.int64)[labels]
-    labels[_positions(names, UNREADABLE | _skipped(folder, options["skip"]))] = -1
+    skip = lines(folder / Path(options["skip"]).expanduser(), NAME, f"your own {NAME}.skip") if options["skip"] else []
+    labels[_positions(names, UNREADABLE.union(skip))] = -1
     if not (labels >= 0).any():
         raise UserError(f"{NAME}: {folder} has no image in a tar or folder named like a class (n01440764)")
     return source, names, labels, wnids
@@ -98,12 +99,6 @@ def _own_names(names: PathBlock) -> Iterator[bytes]:
         for name in names.block[start : end - 1].split(b"\0"):
             yield name[name.rfind(b"/") + 1 :]
         start = end
-
-
-def _skipped(folder: Path, skip: str) -> frozenset[str]:
-    if not skip:
-        return frozenset()
-    return frozenset(lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
 
 
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, ne
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, at_test_time, released, with_registers
-from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paired, paths_source
+from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, reworded
@@ -81,7 +81,7 @@ def _listed(folder: Path, name: str, split: str) -> DepthMaps:
         raise missing(base / rows[0][0], NAME, FRAMES_ARCHIVE[split])
     images = paths_source(base, (image for image, _ in rows), NAME)
     maps = paths_source(base, (depth for _, depth in rows), NAME)
-    return paired(DepthMaps, images, maps, lambda path, _image: read_depth_map(path))
+    return DepthMaps(images, lambda index: read_depth_map(Path(maps.name(index))), maps.stamp())
 
 
 class LabelledFrames(Source):

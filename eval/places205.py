@@ -11,22 +11,15 @@ from pathlib import Path
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
-from dinoreg.data.source import PathSource, Source
+from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
-from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
-from dinoreg.evaluation.readers.files import (
-    class_labels,
-    first_existing,
-    matched,
-    paths_source,
-    present,
-    require_distinct,
-    whole_number,
-)
+from dinoreg.evaluation.readers import files
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
+FOUND = f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)"
 CLASSES = 205
 NEEDS = {split: Need(f"trainvalsplit_places205/{split}_places205.csv", LISTS) for split in ("train", "val")}
 CATEGORIES = "trainvalsplit_places205/categoryIndex_places205.csv"
@@ -44,14 +37,15 @@ def read(folder: Path, options: Options) -> Data:
     for split, name in (("train", "train"), ("test", "val")):
         path = folder / NEEDS[name].path
         rows = _rows(path)
-        labels = class_labels(rows, range(len(names)), path, NAME)
-        splits[split] = Labelled(_source(folder, rows, options["images"]), labels, len(names))
+        base = _base(folder, rows, options["images"])
+        splits[split] = files.labelled(base, rows, range(len(names)), path, NAME)
+        files.present(splits[split].source, NAME, FOUND)
     return Data(splits, class_names=names)
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
     """(class as it is written, file) of every row of a list."""
-    found = matched(path, r"(.+) (\S+)", "a file, a space and the number of its class", NAME, LISTS)
+    found = files.matched(path, r"(.+) (\S+)", "a file, a space and the number of its class", NAME, LISTS)
     return [(number, file) for file, number in found]
 
 
@@ -61,29 +55,24 @@ def _categories(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"class {number}" for number in range(CLASSES)]
     rows = _rows(path)
-    require_distinct((number for number, _ in rows), "number", f"{NAME}: {path}")
-    names = {
-        whole_number(number, f"the number of {name}", path, 0, CLASSES - 1): name.strip("/").partition("/")[2] or name
-        for number, name in rows
-    }
+    files.require_distinct((number for number, _ in rows), "number", f"{NAME}: {path}")
+    names = {}
+    for text, name in rows:
+        number = files.whole_number(text, f"the number of {name}", path, 0, CLASSES - 1)
+        names[number] = name.strip("/").partition("/")[2] or name
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{NAME}: {path}: the numbers of its {len(names)} classes are not 0..{len(names) - 1}")
     return [names[number] for number in range(len(names))]
 
 
-def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource:
-    """The listed files below the folder of images: the given one, or where the archive unpacks to."""
-    if given:
-        base = folder / Path(given).expanduser()
-        if not base.is_dir():
-            raise UserError(
-                f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
-            )
-    else:
-        base = folder if (folder / rows[0][1]).exists() else first_existing(folder, UNPACKED)
-    return present(
-        paths_source(base, (file for _, file in rows), NAME), NAME, f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)"
-    )
+def _base(folder: Path, rows: list[tuple[str, str]], given: str) -> Path:
+    """The folder of images: the given one, or where the archive unpacks to."""
+    if not given:
+        return folder if (folder / rows[0][1]).exists() else files.first_existing(folder, UNPACKED)
+    base = folder / Path(given).expanduser()
+    if not base.is_dir():
+        raise UserError(f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}")
+    return base
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
@@ -92,7 +81,9 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     raises  UserError for a list or image that is missing
     """
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
-    return _source(folder, _rows(folder / NEEDS[split].path), options["images"])
+    rows = _rows(folder / NEEDS[split].path)
+    source = files.paths_source(_base(folder, rows, options["images"]), (file for _, file in rows), NAME)
+    return files.present(source, NAME, FOUND)
 
 
 PUBLISHED = (

@@ -22,7 +22,7 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, find
 from dinoreg.runtime.errors import RunError
 
 Rows = list[tuple[str, str, str]]
-NAMES = [row.name for row in DEPENDENCIES if row.extra in ("eval", "data", "export", "log")]
+NAMES = [row.name for row in DEPENDENCIES if row.extra not in ("core", "docs", "test")]
 
 
 def rows_of(sections: list[doctor.Section], title: str) -> Rows:
@@ -35,18 +35,17 @@ def row(rows: Rows, name: str) -> tuple[str, str]:
 
 def break_import(monkeypatch: pytest.MonkeyPatch, package: str, error: Exception) -> None:
     """Importing `package` raises `error`, as a broken installation does."""
-    real = builtins.__import__
 
-    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == package:
-            raise error
-        return real(name, *args, **kwargs)
+    def failing(real: Any) -> Any:
+        def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name.partition(".")[0] == package:
+                raise error
+            return real(name, *args, **kwargs)
 
-    def import_module(name: str) -> Any:
-        return importing(name)
+        return importing
 
-    monkeypatch.setattr(builtins, "__import__", importing)
-    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+    monkeypatch.setattr(builtins, "__import__", failing(builtins.__import__))
+    monkeypatch.setattr(doctor.importlib, "import_module", failing(doctor.importlib.import_module))
 
 
 # The environment
@@ -115,8 +114,8 @@ def test_optional_packages_are_imported_and_not_believed(monkeypatch: pytest.Mon
 
 
 def test_what_the_tests_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("ruff", "scikit-learn") else "1.0")
-    expected = ("missing", "ruff, scikit-learn: pip install 'dinoreg[test]'")
+    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("ruff", "torchmetrics") else "1.0")
+    expected = ("missing", "ruff, torchmetrics: pip install 'dinoreg[test]'")
     assert row(doctor._optional_rows(), "the tests") == expected
 
 

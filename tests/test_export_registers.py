@@ -111,7 +111,9 @@ def test_what_cannot_be_exported_is_refused_in_words(
 def test_registers_are_not_added_to_registers_nor_lost_in_another_format(planted: Path, tmp_path: Path) -> None:
     save(planted_vit(registers=2), tmp_path / "two.safetensors")
     with pytest.raises(UserError, match="has 2 registers already"):
-        dinoreg.export(tmp_path / "two.safetensors", "meta", tmp_path / "out", None, "test_time", planted / "images")
+        dinoreg.export(
+            tmp_path / "two.safetensors", "meta", tmp_path / "out", registers="test_time", images=planted / "images"
+        )
     out = described(with_test_time_register(planted_vit(), HOOKED), tmp_path)
     with pytest.raises(UserError, match="cannot have test-time registers"):
         dinoreg.export(out, "timm", tmp_path / "timm")
@@ -150,7 +152,11 @@ def test_a_file_without_its_neurons_is_not_certified(
     monkeypatch.setattr(formats, "hub_arguments", lambda model: right(model) | {"register_neurons": []})
     with pytest.raises(RunError, match="differs from the source"):
         dinoreg.export(
-            planted / "planted.safetensors", format, tmp_path / "exports" / "out", None, "test_time", planted / "images"
+            planted / "planted.safetensors",
+            format,
+            tmp_path / "exports" / "out",
+            registers="test_time",
+            images=planted / "images",
         )
     assert not (tmp_path / "exports").exists()
 
@@ -163,6 +169,10 @@ def test_neurons_that_leave_the_outliers_are_not_exported(
     monkeypatch.setattr("dinoreg.registers.outliers.onset", lambda *_: 0)  # too early a block
     with pytest.raises(RunError, match=r"1,536 patches were outliers, 1\d\.\d+% are left, with the best of up to 100"):
         dinoreg.export(
-            planted / "planted.safetensors", "meta", tmp_path / "exports" / "out", None, "test_time", planted / "images"
+            planted / "planted.safetensors",
+            "meta",
+            tmp_path / "exports" / "out",
+            registers="test_time",
+            images=planted / "images",
         )
     assert not (tmp_path / "exports").exists()

@@ -13,7 +13,7 @@ from training import loss_trace, read_lines, stopped_after, tiny_config
 
 import dinoreg
 from dinoreg.commands.main import main
-from dinoreg.config.load import Config
+from dinoreg.config.load import Config, load_config
 from dinoreg.config.schema import DataConfig, OptimConfig, ScheduleConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.loader import Batch, BatchLoader, Views
@@ -157,9 +157,13 @@ def test_a_run_begun_without_it_takes_it_up_when_it_is_resumed(tmp_path: Path) -
     assert all(value is not None and value >= 0 for value in values[5:])
 
 
-def test_a_run_is_held_to_one_network() -> None:
+def test_a_run_is_held_to_one_network_and_to_none_of_random_weights() -> None:
     with pytest.raises(UserError, match=r"loss\.gram_weight=1"):
         tiny_config(loss__gram_weight=1.0, loss__anchor_weight=1.0)
+    with pytest.raises(UserError, match=r"loss\.gram_weight=1: expected 0 without init="):
+        load_config("highres_vits14_reg4").check_start()
+    tiny_config(loss__gram_weight=1.0).check_start()
+    tiny_config(loss__gram_weight=1.0, schedule__gram_start=0.0, resume=True).check_start()
 
 
 @pytest.mark.slow

@@ -527,7 +527,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["vits14_reg4", "gpu=t4", "device=cpu"], "gpu=t4: the config says device=cpu"),
         (["vits14_reg4", "device=cpu", "model.attention=xformers"], "model.attention=xformers: runs on CUDA"),
         (["vits14_reg4", "gpu=t4", "probe=true"], "probe=true: there is no T4 16GB here to measure on"),
-        (["vits14_reg4", "loss.anchor_weight=1"], "loss.anchor_weight=1.0: expected 0 without init="),
+        (["vits14_reg4", "loss.anchor_weight=1"], "loss.anchor_weight=1: expected 0 without init="),
         (["vitg14_reg4_in22k", "gpu=t4", "gpus=1"], "does not fit: "),
         (["vits14_reg4", "gpus=1", "out=nowhere/plan.json"], "out=nowhere/plan.json: cannot be written"),
     ],

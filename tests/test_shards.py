@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from training import loss_trace, stopped_after, tiny_config
 
 from dinoreg.data import parquet_source
 from dinoreg.data.labelled import LabelledImages
@@ -22,6 +23,7 @@ from dinoreg.data.source import Group, Source, WeightedSource
 from dinoreg.data.tables import Table
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.loop import pretrain
 from tests.test_tar_index import pack
 
 
@@ -238,3 +240,30 @@ def test_many_weights_are_kept_within_a_hundredth() -> None:
     counts = np.bincount(sampler.at(np.arange(sampler.block))[0], minlength=5000) / sampler.block
     halves = [counts[share < 0.0002].sum(), share[share < 0.0002].sum()]
     assert halves[0] == pytest.approx(halves[1], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_stopped_anywhere_goes_on_bit_for_bit_and_lists_its_bad_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        parquet(tmp_path / f"tables/{number}.parquet", range(15 * number, 15 * number + 15), rows=4)
+    cells = [{"bytes": each} for each in (picture(90), b"no picture", None, picture(91))]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "tables/2.parquet", row_group_size=2)
+    webdataset(tmp_path / "tars")
+    lines = [f"tars/train-0000.tar:{name},{weight}" for name, weight in (("000.v1.png", 1), ("deep/001.png", 3))]
+    (tmp_path / "drawn.csv").write_text("\n".join(("path,sampling_weight", *lines)))
+    monkeypatch.setattr(parquet_source, "HELD_BYTES", 4 * 4 * len(picture(0)))
+    data = {"data__source": [str(tmp_path / "tables"), str(tmp_path / "drawn.csv")], "data__weights": [3, 1]}
+    options: dict[str, object] = {**data, "data__max_bad_fraction": 0.5, "data__workers": 2}
+    whole = pretrain(tiny_config(tmp_path / "whole", **options))
+    out = tmp_path / "parts"
+    for stop in (2, 5):
+        with stopped_after(stop, out):
+            pretrain(tiny_config(out, **{**options, "data__workers": stop - 1}, resume=stop > 2))
+    pretrain(tiny_config(out, **options, resume=True))
+    assert loss_trace(out) == loss_trace(whole)
+    skipped = (out / "skipped.jsonl").read_text()
+    assert skipped == (whole / "skipped.jsonl").read_text() != ""
+    assert "tables/2.parquet:1" in skipped
+    assert "tables/2.parquet:2" in skipped

@@ -72,8 +72,8 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
     values -= values.mean(axis=0)  # what all images share says nothing of two of them
     values /= np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
     source, root, entries = open_names(names)
-    clusters, second = _clusters(values, given)
-    first = _first_copies(values, clusters, second, given.threshold)  # (n,)
+    nearest = _clusters(values, given)
+    clusters, first = nearest[:, 0], _first_copies(values, nearest, given.threshold)  # (n,)
     kept, groups = first == np.arange(len(first)), np.bincount(first)
     sizes = np.bincount(clusters[kept], minlength=clusters.max() + 1)
     weights = sizes.clip(1) ** -given.balance
@@ -81,28 +81,27 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
     with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         gallery.folder.mkdir(parents=True, exist_ok=True)
         rows, copies = np.flatnonzero(kept), np.flatnonzero(~kept)
-        drawn = ((entries[row], f"{weights[clusters[row]]:.6g}", clusters[row]) for row in rows)
-        _write(gallery.out / LIST, ("path", WEIGHT, "cluster"), drawn)
+        listed = ((entries[row], f"{weights[clusters[row]]:.6g}", clusters[row]) for row in rows)
+        _write(gallery.out / LIST, ("path", WEIGHT, "cluster"), listed)
         _write(gallery.out / COPIES, ("path", "copy_of"), ((entries[row], entries[first[row]]) for row in copies))
     order = [each for each in np.argsort(sizes, kind="stable").tolist() if sizes[each]]
+    drawn = weights * sizes / len(rows)
     record = {
         "images": len(names),
         "kept": len(rows),
         "copies": len(copies),
         "groups": int((groups > 1).sum()),
         "largest": int(groups.max()),
-        "clusters": [
-            (int(sizes[each]), sizes[each] / len(rows), weights[each] * sizes[each] / len(rows)) for each in order
-        ],
+        "clusters": [(int(sizes[each]), sizes[each] / len(rows), drawn[each]) for each in order],
         **{key: getattr(given, key) for key in ("threshold", "balance", "seed")},
     }
-    largest = [np.flatnonzero(first == row) for row in np.argsort(-groups, kind="stable")[:ROWS] if groups[row] > 1]
-    ends = [
-        [np.flatnonzero(kept & (clusters == each)) for each in some] for some in (order[:ROWS], order[: -ROWS - 1 : -1])
-    ]
+    largest = [row for row in np.argsort(-groups, kind="stable")[:ROWS] if groups[row] > 1]
     drawings = {
-        name: _sheet(gallery, name, source, shown, f"images of {words}")
-        for name, shown, words in zip(("same", "rare", "common"), (largest, *ends), ("copies", "small", "large"))
+        "same": _sheet(gallery, "same", source, [np.flatnonzero(first == row) for row in largest]),
+        "rare": _sheet(gallery, "rare", source, [np.flatnonzero(kept & (clusters == each)) for each in order[:ROWS]]),
+        "common": _sheet(
+            gallery, "common", source, [np.flatnonzero(kept & (clusters == each)) for each in order[: -ROWS - 1 : -1]]
+        ),
     }
     page = gallery.write_page(f"Curation of {path.name}", record, "commands", **record, **drawings)
     return Curation(page, gallery.out / LIST, root, record)
@@ -111,43 +110,35 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
 def curate_command(options: CurateOptions) -> None:
     """Run `dinoreg curate`: write the list and the page, and print what to do with them."""
     found = curate(**vars(options))
-    record = found.record
-    kept = f"{record['kept']:,} of {record['images']:,} images in {len(record['clusters']):,} clusters"
-    print(
-        f"list: {found.list}, {kept}; copies left out: {record['copies']:,} of {record['groups']:,}\npage: {found.page}"
-    )
+    kept, images, copies, groups = (found.record[key] for key in ("kept", "images", "copies", "groups"))
+    print(f"list: {found.list}, {kept:,} of {images:,} images; {copies:,} copies of {groups:,} pictures are left out")
+    print(f"page: {found.page}")
     for line in next_lines("curated", {"data": found.list, "root": found.root}):
         print_status(line)
 
 
-def _clusters(values: np.ndarray, options: CurateOptions) -> tuple[np.ndarray, np.ndarray]:
-    """The cluster of each row (n,), and the next one (n,)."""
+def _clusters(values: np.ndarray, options: CurateOptions) -> np.ndarray:
+    """The nearest and the next cluster of each row, (n, 2); (n, 1) where there is but one."""
     with reworded(f"curate needs scikit-learn: {install('scikit-learn')}", ImportError):
         from sklearn.cluster import MiniBatchKMeans
+        from sklearn.neighbors import NearestNeighbors
     number = options.clusters or min(max(2, round(len(values) ** 0.5)), MOST_CLUSTERS)
     if number > len(values):
         raise UserError(f"clusters={number}: more than the {len(values):,} images")
-    means = MiniBatchKMeans(number, random_state=options.seed, batch_size=max(4096, 4 * number), n_init=3)
-    centres = means.fit(values).cluster_centers_
-    nearest = np.empty((len(values), 2), dtype=np.int64)
-    for start in range(0, len(values), 1 << 14):
-        rows = values[start : start + (1 << 14)]
-        distances = (centres**2).sum(axis=1) - 2 * rows @ centres.T
-        nearest[start : start + len(rows), 0] = distances.argmin(axis=1)
-        np.put_along_axis(distances, distances.argmin(axis=1)[:, None], np.inf, axis=1)
-        nearest[start : start + len(rows), 1] = distances.argmin(axis=1)
-    return nearest[:, 0], nearest[:, 1]
+    means = MiniBatchKMeans(number, random_state=options.seed, batch_size=max(4096, 4 * number), n_init=3).fit(values)
+    search = NearestNeighbors(n_neighbors=min(2, number), algorithm="brute").fit(means.cluster_centers_)
+    return np.asarray(search.kneighbors(values, return_distance=False))
 
 
-def _first_copies(values: np.ndarray, clusters: np.ndarray, second: np.ndarray, threshold: float) -> np.ndarray:
+def _first_copies(values: np.ndarray, nearest: np.ndarray, threshold: float) -> np.ndarray:
     """The first image (n,) of the group of near-duplicates that each belongs to: itself where it has none before it."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.neighbors import NearestNeighbors
 
     edges = [np.zeros((0, 2), dtype=np.int64)]
-    for cluster in range(int(clusters.max()) + 1):
-        rows = np.flatnonzero((clusters == cluster) | (second == cluster))
+    for cluster in range(int(nearest.max()) + 1):
+        rows = np.flatnonzero((nearest == cluster).any(axis=1))
         if len(rows) > 1:
             search = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(rows)), algorithm="brute").fit(values[rows])
             distances, found = search.kneighbors(values[rows])
@@ -166,7 +157,7 @@ def _write(path: Path, head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -
         writer.writerows(rows)
 
 
-def _sheet(gallery: Gallery, stem: str, source: Source, groups: list[np.ndarray], description: str) -> Picture | None:
+def _sheet(gallery: Gallery, stem: str, source: Source, groups: list[np.ndarray]) -> Picture | None:
     """Some images of each group in a row, with their number; None where none can be read."""
     rows, names = [], []
     for group in groups:
@@ -177,4 +168,4 @@ def _sheet(gallery: Gallery, stem: str, source: Source, groups: list[np.ndarray]
         if tiles:
             rows.append(tiles)
             names.append(f"{len(group):,}")
-    return gallery.picture(stem, sheet(rows, names=names), description) if rows else None
+    return gallery.picture(stem, sheet(rows, names=names), f"{stem} images, a group a row") if rows else None

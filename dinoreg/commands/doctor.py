@@ -99,22 +99,24 @@ def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
     purpose = "" if row.extra == "core" else f", for {row.purpose}"
     if row.name in SLOW_IMPORTS:
         return "ok", f"{installed} (not tried: its import takes seconds){purpose}"
-    if row.name == "xformers":
-        problem = _xformers_problem()
+    problem = _problem(row)
+    if row.name == "xformers":  # without which everything works
         loads = f"{installed}, its kernels load"
         return ("missing", f"{installed} does not load ({problem}): {through_torch}") if problem else ("ok", loads)
-    problem = import_problem(row.imported)
     return ("problem", f"{installed}: {problem}{purpose}") if problem else ("ok", f"{installed}{purpose}")
 
 
-def _xformers_problem() -> str | None:
-    """The reason why xformers' compiled part does not load, or None. Everything works without it."""
+def _problem(row: Dependency) -> str | None:
+    """Why a package cannot be imported, or xformers' kernels do not load, with the remedy; None if all is well."""
     try:
-        from dinoreg.runtime.packed_attention import load_problem
+        if row.name == "xformers":
+            from dinoreg.runtime.packed_attention import load_problem
 
-        return load_problem()
-    except Exception as error:  # no PyTorch either
-        return _in_words(error)
+            return load_problem()
+        importlib.import_module(row.imported)
+    except Exception as error:
+        return explain(error) or f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+    return None
 
 
 def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
@@ -132,19 +134,6 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
     if reason is None:
         return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
     return [*rows, ("attention", "missing", f"{through} (same numbers); {reason}")]
-
-
-def import_problem(package: str) -> str | None:
-    """The reason why a package cannot be imported, with the remedy; None if it can."""
-    try:
-        importlib.import_module(package)
-    except Exception as error:
-        return explain(error) or f"cannot be imported ({_in_words(error)})"
-    return None
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 # What PyTorch, the C++ library and the system say.
@@ -205,8 +194,9 @@ def _progress_rows(run: Path) -> list[Row]:
         rows.append(("started as", "", header[-1]))  # with device, attention and images
     if last:
         loss = "loss" if "loss" in last else "total_loss"  # of an older run
-        names = ("step", loss, "images_per_second", "data_time", "step_time")
-        rows.append(("last line", "", _values({name: last[name] for name in names if name in last})))
+        known = [name for name in ("step", loss, "images_per_second", "data_time", "step_time") if name in last]
+        told = (f"{last[name]:.4g}" if isinstance(last[name], float) else last[name] for name in known)
+        rows.append(("last line", "", ", ".join(f"{name} {value}" for name, value in zip(known, told))))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
     if probes := read_json_lines(run / "probe.jsonl"):
@@ -301,9 +291,3 @@ def _last_traceback(path: Path) -> str | None:
     lines = read_text(path).splitlines()
     failed = any(line.startswith("Traceback (most recent call last)") for line in lines)
     return lines[-1] if failed and lines[-1][:1].isalpha() else None
-
-
-def _values(line: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()
-    )

@@ -132,7 +132,9 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
         "precision": str(encoder.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
     }
-    shape = row_shape(options.token, encoder, size)
+    shape: tuple[int, ...] = ((2 if options.token == "cls+mean" else 1) * encoder.dim,)
+    if options.token == "patches":
+        shape = math.prod(encoder.grid(*size)), encoder.dim
     with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
@@ -159,16 +161,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"out={out}: is finished already; use overwrite=true to write it anew")
     for path in out.parents:
         check_folder(path, f"out={out}: {path}")
-
-
-def row_shape(token: str, encoder: Encoder, size: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of one image's features: (D,), (2D,) for token "cls+mean", (N, D) for "patches".
-
-    size  (height, width) of the image in pixels
-    """
-    if token == "patches":
-        return math.prod(encoder.grid(*size)), encoder.dim
-    return ((2 if token == "cls+mean" else 1) * encoder.dim,)
 
 
 def _extract(
@@ -207,7 +199,7 @@ def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32
     images  (B, C, H, W) uint8, or float32 in 0..1
     token   "cls" | "mean" (of the patches) | "cls+mean" | "patches"
     dtype   "float32" | "float16"; too large numbers become infinite
-    returns (B, *row_shape)
+    returns (B, D), (B, 2D) for "cls+mean", (B, N, D) for "patches"
     """
     tokens = encoder.tokens(images)
     if token == "patches":

@@ -33,13 +33,8 @@ def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
     usage = "\n       dinoreg ".join(said_of(verb.name, "usage"))
     lines = [_wrapped(f"usage: dinoreg {usage}", " " * 9), "", *map(_wrapped, said_of(verb.name, "summary"))]
     if not wanted:
-        lines += [
-            "",
-            "examples:",
-            *said_of(verb.name, "examples"),
-            "",
-            *map(_wrapped, (*said_of(verb.name, "details"), *verb.lines())),
-        ]
+        details = map(_wrapped, (*said_of(verb.name, "details"), *verb.lines()))
+        lines += ["", "examples:", *said_of(verb.name, "examples"), "", *details]
     for kind, options in {"": shown, **verb.kinds}.items():
         rows = [row for row in describe(options) if not wanted or section_of(row[0]) in wanted]
         if rows:

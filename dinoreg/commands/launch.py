@@ -66,7 +66,7 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
     _say(f"dinoreg launch status {folder}")
     if options.wait:
         try:
-            control.require_success(control.follow(folder, records, _say))
+            control.follow(folder, records, _say)
         except KeyboardInterrupt:
             _say(f"the jobs go on; dinoreg launch cancel {folder} ends them")
             raise

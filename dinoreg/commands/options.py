@@ -26,12 +26,10 @@ class NoOptions(Options):
     """The options of a command without keys."""
 
 
-@dataclass(frozen=True)
 class DoctorOptions(NoOptions, verb="doctor"):
     """`dinoreg doctor` has no keys."""
 
 
-@dataclass(frozen=True)
 class RunsOptions(NoOptions, verb="runs"):
     """`dinoreg runs` has no keys."""
 
@@ -186,7 +184,6 @@ class PcaOptions(ViewOptions, verb="view pca"):
     basis: str | None = option(None, "file of a colour basis, used where it is there, else written")
 
 
-@dataclass(frozen=True)
 class NormsOptions(ViewOptions, verb="view norms"):
     """`dinoreg view norms` has no keys beyond those of every view."""
 
@@ -208,7 +205,6 @@ def check_view(kind: str) -> None:
         raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEWS)}; expected {', '.join(VIEWS)}")
 
 
-@dataclass(frozen=True)
 class StatusOptions(NoOptions, verb="launch status"):
     """`dinoreg launch status` has no keys."""
 

@@ -81,14 +81,20 @@ def _eval(names: str, request: Any) -> None:
     from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, find_benchmark
     from dinoreg.evaluation.request import check_whole
 
-    if not names:
+    if names:
+        check_whole(names, request)
+        _function("commands.evaluate", "evaluate_command")(names, request)
+    elif request:
         from dinoreg.runtime.templates import render
 
-        values = {"datasets": [*map(find_benchmark, request)] or [*benchmarks().values()], "protocols": PROTOCOLS}
-        print(render("commands/templates/datasets.txt.j2", long=bool(request), **values).rstrip())
-        return
-    check_whole(names, request)
-    _function("commands.evaluate", "evaluate_command")(names, request)
+        found = [*map(find_benchmark, request)]
+        print(render("commands/templates/datasets.txt.j2", datasets=found, protocols=PROTOCOLS).rstrip())
+    else:  # at once, without templates
+        print(f"{'name':<15}classes  {'folder below root=':<22}task")
+        for each in benchmarks().values():
+            task = each.task.replace(" classification", "")
+            print(f"{each.name:<15} {each.classes or '-':>6}  {f'{each.folders[0]}/':<21} {task}")
+        print("\ndinoreg eval --list NAME says how many images, from where, and its licence.")
 
 
 def _read_verdict(arguments: list[str]) -> tuple[Any, ...]:

@@ -358,6 +358,15 @@ class Config(Options):
         crops, mask = replace(self.crops, num_local=0), replace(self.mask, probability=0.0)
         return replace(self, crops=crops, mask=mask, loss=replace(self.loss, koleo_weight=0.0, centering="softmax"))
 
+    def check_start(self) -> None:
+        """UserError for a loss that holds to the features of `init=` where there is none."""
+        held = ["anchor_weight", "diet_weight"]
+        if self.schedule.gram_start == 0 and not self.resume:
+            held.append("gram_weight")
+        for key in held if self.init is None else ():
+            without = "0 without init=, there are no features to begin with"
+            check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
+
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
         """Length of the run in optimizer steps, at least 1, for a data set of `num_images`.
 

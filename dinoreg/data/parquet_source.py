@@ -64,10 +64,10 @@ class ParquetSource(Source):
     def read(self, index: int) -> bytes:
         """The bytes of a row's picture; BadImage for a row without any, and for a damaged row group."""
         group = self._group_of(index)
-        cell = self._pictures(group)[index - int(self.start[group])]
-        if not cell.is_valid:
+        column, row = self._pictures(group), index - int(self.start[group])
+        if row >= len(column) or not column[row].is_valid:  # a damaged file may promise more rows than it has
             raise BadImage("the row holds no picture")
-        return bytes(cell.as_buffer())
+        return bytes(column[row].as_buffer())
 
     def name(self, index: int) -> str:
         """`FILE:ROW` with the folder; rows of a file count from 0."""

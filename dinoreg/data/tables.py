@@ -285,7 +285,10 @@ def open_parquet(place: str, title: str) -> Iterator[Any]:
     with reworded(f"{title} needs pyarrow: {install('pyarrow')}", ImportError):
         import pyarrow
         import pyarrow.parquet
-    with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError), opened(place) as file:
+    with (
+        reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError, ValueError),
+        opened(place) as file,
+    ):
         yield pyarrow.parquet.ParquetFile(file)
 
 

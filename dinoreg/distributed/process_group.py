@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -266,10 +267,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
 
     raises UserError when the variables are incomplete or not integers
     """
-
-    def number(name: str, default: int = 0) -> int:
-        return int_of(environment, name, default)
-
+    number = partial(int_of, environment)
     if (world_size := number("WORLD_SIZE", 1)) > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if missing:
@@ -289,7 +287,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
     return None
 
 
-def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
+def int_of(environment: Mapping[str, str], name: str, default: int = 0) -> int:
     """The integer value of an environment variable, `default` without it; UserError for any other text."""
     text = environment.get(name, str(default))
     try:
@@ -411,11 +409,8 @@ def _join(place: Place, device: str, timeout: float) -> None:
             )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         meeting.store = None  # another attempt needs a new store
-        reason = str(error).splitlines()[0][:200]
-        where = f"{place.address}:{place.port} within {timeout:.0f} s"
-        raise RunError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
-        ) from None
+        where = f"{place.address}:{place.port} within {timeout:.0f} s ({str(error).splitlines()[0][:200]})"
+        raise RunError(f"rank {place.rank} of {place.world_size} could not meet the others at {where}") from None
 
 
 @dataclass

@@ -143,9 +143,7 @@ def corloc(
     no_bias = "LOST without a bias"
     return (
         *with_registers(registers, "Table 3", (f"keys; {bias}", f"values; {bias}", f"values; {bias}")),
-        Published("DINO ViT-S/16", dino[0], LOST, no_bias),
-        Published("DINO ViT-B/16", dino[1], LOST, no_bias),
-        Published("DINO ViT-S/8", dino[2], LOST, no_bias),
+        *(Published(f"DINO ViT-{size}", value, LOST, no_bias) for size, value in zip(("S/16", "B/16", "S/8"), dino)),
         *at_test_time(test_time, swept),
         *denoised(denoising, (f"{no_bias}; the whole image's box scores as much", f"{no_bias}; not Registers' figure")),
         Published("DINOv2 ViT-g/14", token_cut, BASELINE, "TokenCut on output patch tokens, threshold swept; 448 px"),

@@ -150,13 +150,10 @@ class Attempt:
 
     def _export_ranks(self) -> None:
         """Set torchrun's environment variables for this process."""
-        job = self.environment
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(job.num_tasks),
-            LOCAL_RANK=str(job.local_rank),
-            LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
-        )
+        job, size = self.environment, self.environment.num_tasks
+        ranks = {"RANK": self.rank, "LOCAL_RANK": job.local_rank}
+        ranks |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size // job.num_nodes}
+        os.environ.update({name: str(number) for name, number in ranks.items()})
         if self.on_slurm:  # the local runner has chosen a free port
             port = FIRST_PORT + int(job.raw_job_id) % NUM_PORTS  # every process knows it, each job has another
             os.environ.update(MASTER_ADDR=job.hostnames[0], MASTER_PORT=str(port))

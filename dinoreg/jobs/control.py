@@ -13,12 +13,13 @@ POLL_SECONDS, MAX_POLL_SECONDS = 1.0, 30.0
 LOG_SECONDS, STATUS_SECONDS = 0.5, 5.0
 
 
-def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> list[JobStatus]:
-    """Print changes of state until all jobs have ended; returns their last states. Ctrl-C leaves the jobs running.
+def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> None:
+    """Print changes of state until all jobs have ended. Ctrl-C leaves the jobs running.
 
     folder   that the jobs were launched for
     records  the jobs to follow
     say      prints a line
+    raises   RunError, naming the first, where jobs have failed or were stopped or cancelled
     """
     printed: dict[str, str] = {}
     pause = POLL_SECONDS
@@ -31,18 +32,13 @@ def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) 
                 printed[each.record.job] = news
                 say(each.line)
         if all(each.is_over for each in statuses):
-            return statuses
+            break
         time.sleep(pause)
         pause = min(MAX_POLL_SECONDS, pause * 1.2)
-
-
-def require_success(statuses: Sequence[JobStatus]) -> None:
-    """RunError, naming the first, where jobs have failed or were stopped or cancelled."""
     failed = [each for each in statuses if not each.is_well]
-    if len(failed) == 1:
-        raise RunError(f"job {failed[0].line}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(statuses)} jobs did not finish; the first: {failed[0].line}")
+        which = "job" if len(failed) == 1 else f"{len(failed)} of {len(statuses)} jobs did not finish; the first:"
+        raise RunError(f"{which} {failed[0].line}")
 
 
 def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool, write: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ Jobs run ordinary command lines: a declaration states the command lines, their d
 dinoreg finds declarations by name or path; they import this module.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,5 +174,6 @@ def _check_data(config: Config) -> None:
     sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
     for source in sources:
         text = str(source)
-        if text != "scenes" and ":" not in text and not Path(text).exists():
+        is_pattern = re.search(r"[*?\[{]", text)
+        if text != "scenes" and ":" not in text and not is_pattern and not Path(text).exists():
             raise UserError(f"data={text}: no such file or folder on this machine")

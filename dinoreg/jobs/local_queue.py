@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
@@ -36,7 +36,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 @dataclass
 class LocalJob:
-    """A job in the plan file.
+    """A job as the plan file has it, then its state and the processes that run it.
 
     after           jobs that must have ended before
     tasks, gpus     numbers of processes and of GPUs
@@ -45,6 +45,7 @@ class LocalJob:
     setup           shell lines to run before
     python          shell words that start Python, up to the module to run
     trains          whether it is a training, which gets more time to end
+    ends_as         the state to end in, once it is being terminated
     """
 
     job: str
@@ -56,6 +57,41 @@ class LocalJob:
     setup: list[str]
     python: str
     trains: bool
+    state: str = "PENDING"
+    begun: float | None = None
+    ended: float | None = None
+    restarts: int = 0
+    devices: list[str] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    ends_as: str = ""
+    kill_at: float = 0.0
+    save_requested: bool = False
+
+    def write(self, launch: Path) -> None:
+        """Write the job's state to `JOB_local.json`."""
+        state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
+        state["processes"] = [process.pid for process in self.processes]
+        replace_text(_state_file(launch, self.job), json.dumps(state))
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the job and to their children."""
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+    def request_save(self) -> None:
+        """Send the signal to save (SIGUSR2), once per start."""
+        if not self.save_requested:
+            self.save_requested = True
+            self.signal(signal.SIGUSR2)
+
+    def end(self, state: str) -> None:
+        """Send SIGTERM; the runner kills remaining processes after the grace period. The job then ends as `state`."""
+        if not self.ends_as:
+            self.ends_as = state
+            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.trains else GRACE)
+            self.signal(signal.SIGTERM)
 
 
 def check(options: LaunchOptions) -> None:
@@ -90,14 +126,16 @@ def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int
     plan = launch / f"local{number}.json"
     plan.write_text(json.dumps({"max_parallel": max_parallel, "jobs": [asdict(job) for job in jobs]}))
     with open(launch / f"local{number}.log", "ab") as log:
-        runner = subprocess.Popen(
-            [*shlex.split(python), "-m", "dinoreg.jobs.local_queue", str(plan)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        runner = _detached([*shlex.split(python), "-m", "dinoreg.jobs.local_queue", str(plan)], log, log)
     return [runner.pid, start_time(runner.pid) or 0]
+
+
+def _detached(
+    command: list[str], stdout: BinaryIO, stderr: BinaryIO, env: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, which does not end with the terminal."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, env=env, stdin=quiet, stdout=stdout, stderr=stderr, start_new_session=True)
 
 
 def read_state(launch: Path, job: str) -> dict[str, Any]:
@@ -113,51 +151,10 @@ def _state_file(launch: Path, job: str) -> Path:
 # The runner
 
 
-@dataclass
-class Running(LocalJob):
-    """A job and the processes that run it."""
-
-    state: str = "PENDING"
-    begun: float | None = None
-    ended: float | None = None
-    restarts: int = 0
-    devices: list[str] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    ends_as: str = ""  # the state to end in, once it is being terminated
-    kill_at: float = 0.0
-    save_requested: bool = False
-
-    def write(self, launch: Path) -> None:
-        """Write the job's state to `JOB_local.json`."""
-        state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
-        state["processes"] = [process.pid for process in self.processes]
-        replace_text(_state_file(launch, self.job), json.dumps(state))
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process of the job and to their children."""
-        for process in self.processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-
-    def request_save(self) -> None:
-        """Send the signal to save (SIGUSR2), once per start."""
-        if not self.save_requested:
-            self.save_requested = True
-            self.signal(signal.SIGUSR2)
-
-    def end(self, state: str) -> None:
-        """Send SIGTERM; the runner kills remaining processes after the grace period. The job then ends as `state`."""
-        if not self.ends_as:
-            self.ends_as = state
-            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.trains else GRACE)
-            self.signal(signal.SIGTERM)
-
-
 class Runner:
     """Runs the jobs of one launch, at most `max_parallel` at a time, until all have ended."""
 
-    def __init__(self, launch: Path, jobs: Sequence[Running], max_parallel: int) -> None:
+    def __init__(self, launch: Path, jobs: Sequence[LocalJob], max_parallel: int) -> None:
         self.launch, self.jobs, self.max_parallel = launch, jobs, max_parallel
         self.free = devices()
         self.stopping = False
@@ -178,10 +175,10 @@ class Runner:
     def _stop(self, *_: Any) -> None:
         self.stopping = True
 
-    def _is_cancelled(self, job: Running) -> bool:
+    def _is_cancelled(self, job: LocalJob) -> bool:
         return self.stopping or cancel_file(self.launch, job.job).exists()
 
-    def _start_if_ready(self, job: Running) -> None:
+    def _start_if_ready(self, job: LocalJob) -> None:
         """Start a job whose dependencies have ended, if a slot and its GPUs are free."""
         if self._is_cancelled(job):
             self._close(job, "CANCELLED")
@@ -192,7 +189,7 @@ class Runner:
             job.devices, self.free = self.free[: job.gpus], self.free[job.gpus :]
             self._start(job)
 
-    def _start(self, job: Running) -> None:
+    def _start(self, job: LocalJob) -> None:
         with socket.socket() as probe:  # a free port, a new one for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -200,21 +197,14 @@ class Runner:
         job.processes, job.ends_as, job.save_requested, job.begun = [], "", False, time.time()
         for task in range(job.tasks):
             errors, output = log_files(self.launch, job.job, task)
+            environment = {**os.environ, **self._environment(job, task, port)}
             with open(errors, "ab") as stderr, open(output, "ab") as stdout:
-                job.processes.append(
-                    subprocess.Popen(
-                        ["bash", "-c", " && ".join([*job.setup, command])],
-                        env={**os.environ, **self._environment(job, task, port)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=stdout,
-                        stderr=stderr,
-                        start_new_session=True,
-                    )
-                )
+                shell = ["bash", "-c", " && ".join([*job.setup, command])]
+                job.processes.append(_detached(shell, stdout, stderr, environment))
         job.state = "RUNNING"
         job.write(self.launch)
 
-    def _environment(self, job: Running, task: int, port: int) -> dict[str, str]:
+    def _environment(self, job: LocalJob, task: int, port: int) -> dict[str, str]:
         variables = {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_JOB_ID": job.job,
@@ -234,7 +224,7 @@ class Runner:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
         return variables
 
-    def _poll(self, job: Running) -> None:
+    def _poll(self, job: LocalJob) -> None:
         """Check a running job: close or restart it if its processes have ended, else send due signals."""
         codes = [process.poll() for process in job.processes]
         if all(code is not None for code in codes):
@@ -242,10 +232,9 @@ class Runner:
             if requeues and not self.stopping:
                 job.restarts += 1
                 self._start(job)
-            elif requeues:
-                self._close(job, "CANCELLED")
             else:
-                self._close(job, job.ends_as or ("FAILED" if any(codes) else "COMPLETED"))
+                ended = job.ends_as or ("FAILED" if any(codes) else "COMPLETED")
+                self._close(job, "CANCELLED" if requeues else ended)
             return
         running = time.time() - (job.begun or 0.0)
         if LOCAL_REQUEUE_RETURN_CODE in codes and not job.ends_as:
@@ -264,7 +253,7 @@ class Runner:
         if job.ends_as and time.monotonic() > job.kill_at:
             job.signal(signal.SIGKILL)
 
-    def _close(self, job: Running, state: str) -> None:
+    def _close(self, job: LocalJob, state: str) -> None:
         job.state, job.ended = state, time.time()
         self.free += job.devices
         job.devices = []
@@ -275,7 +264,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the plan file that the first argument names."""
     plan = Path(arguments[0])
     content = json.loads(plan.read_text())
-    jobs = [Running(**each) for each in content["jobs"]]
+    jobs = [LocalJob(**each) for each in content["jobs"]]
     Runner(plan.parent, jobs, content["max_parallel"]).run()
 
 

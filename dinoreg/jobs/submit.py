@@ -69,16 +69,8 @@ def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
         for size in _array_sizes(group) if options.on_slurm else ():
             executor = slurm.make_executor(launch, options, code, ["JOB"] if group.after else [], size)
             scripts[group.name].append(slurm.script(executor, size))
-    text = render(
-        "jobs/templates/dry_run.txt.j2",
-        plan=plan,
-        settings=settings,
-        scripts=scripts,
-        command_line=command_line,
-        differing=_differing,
-        PLACEMENT=PLACEMENT,
-    )
-    return text.rstrip()
+    helpers = {"command_line": command_line, "differing": _differing, "PLACEMENT": PLACEMENT}
+    return render("jobs/templates/dry_run.txt.j2", plan=plan, settings=settings, scripts=scripts, **helpers).rstrip()
 
 
 def _differing(text: str) -> list[str]:

@@ -207,9 +207,7 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
         )
     if backend == "auto":
         backend = "plain" if device.kind == "cpu" and precision != "fp32" else "sdpa"
-    for key in ("anchor_weight", "diet_weight"):
-        if (value := getattr(config.loss, key)) > 0 and config.init is None:
-            raise UserError(f"loss.{key}={value}: expected 0 without init=")
+    config.check_start()
     ranks = config.loss.koleo_ranks
     if ranks is not None and world_size % ranks:
         raise UserError(f"loss.koleo_ranks={ranks}: expected a divisor of the {world_size} processes")

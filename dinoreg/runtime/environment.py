@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ def environment() -> dict[str, Any]:
 
 def version(package: str) -> str | None:
     """The installed version of a distribution, or None; the package is not imported."""
+    from importlib import metadata  # not for help and messages
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

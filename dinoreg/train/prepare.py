@@ -335,12 +335,10 @@ def load_init(config: Config, out: Path, student: Networks, teacher: Networks) -
     returns  what was loaded, reshaped and left out, in one line; and {"source", "path", "source_sha256"}: the value of
              `init=`, the file it stands for and that file's digest
     raises   UserError when the weights cannot be read, do not fit, or differ from the digest beside the copy, and for
-             loss.anchor_weight or loss.diet_weight > 0 without `init=`
+             a loss that holds to them without `init=`
     """
+    config.check_start()
     if config.init is None:
-        for key in ("anchor_weight", "diet_weight"):
-            without = "0 without init=, there are no features to begin with"
-            check(getattr(config.loss, key) == 0, f"loss.{key}", getattr(config.loss, key), without)
         return None
     if _has_copy(config, out):
         report = load_into(student.backbone, out / COPY)

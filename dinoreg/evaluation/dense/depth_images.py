@@ -84,7 +84,7 @@ def training_crop(
     gamma, brightness, colour = (
         rng.uniform(*GAMMA),
         rng.uniform(*BRIGHTNESS),
-        rng.uniform(*COLOUR, size=images.channels_of(image)),
+        rng.uniform(*COLOUR, size=to_array(image).shape[2]),
     )
     if rotates:
         from torchvision.transforms.v2 import InterpolationMode, functional  # slow to import, with all its models

@@ -63,7 +63,8 @@ def match(first: Tensor, second: Tensor, grid: tuple[int, int], temperature: flo
     returns        (N, 2) in patches; differentiable in both and in the temperature. Similarities are computed in blocks
                    of rows, in the backward pass again, so that memory does not grow with N²
     """
-    positions = _positions(grid, first)
+    y, x = torch.meshgrid(*(torch.arange(side, device=first.device) for side in grid), indexing="ij")
+    positions = torch.stack([x, y], dim=-1).view(-1, 2).to(first.dtype)  # (N, 2): column and row of every patch
     rows = max(BLOCK // len(second), 1)
     again = torch.is_grad_enabled() and rows < len(first)
     matches = []
@@ -71,12 +72,6 @@ def match(first: Tensor, second: Tensor, grid: tuple[int, int], temperature: flo
         arguments = (block, second, positions, grid, temperature, window)
         matches.append(checkpoint(_expected, *arguments, use_reentrant=False) if again else _expected(*arguments))
     return torch.cat(matches) - positions
-
-
-def _positions(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """(N, 2): column and row of every patch."""
-    y, x = torch.meshgrid(*(torch.arange(side, device=like.device) for side in grid), indexing="ij")
-    return torch.stack([x, y], dim=-1).view(-1, 2).to(like.dtype)
 
 
 def _expected(

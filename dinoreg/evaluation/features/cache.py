@@ -78,17 +78,15 @@ def extract_features(
     found = _superset(context.features, _digest(key), len(source), wanted)
     if found is not None:
         return found
-    return extract_rows(
-        context,
-        context.features / f"{_digest(key)}-{_digest(wanted)}.npy",
-        encoder,
-        source,
-        lambda index: transform(read_picture(source, index)),
-        lambda images: slots(encoder, images, numbers, mean_patch),
-        batch_size=context.batch_size,
-        what=what,
-        note={**key, "slots": wanted},
-    )
+
+    def load(index: int) -> np.ndarray:
+        return transform(read_picture(source, index))
+
+    def compute(images: Tensor) -> Tensor:
+        return slots(encoder, images, numbers, mean_patch)
+
+    path, note = context.features / f"{_digest(key)}-{_digest(wanted)}.npy", {**key, "slots": wanted}
+    return extract_rows(context, path, encoder, source, load, compute, what=what, note=note)
 
 
 def _digest(key: object) -> str:
@@ -145,8 +143,8 @@ def extract_rows(
     load: Callable[[int], np.ndarray],
     compute: Callable[[Tensor], Tensor],
     *,
-    batch_size: int,
     what: str,
+    batch_size: int = 0,
     note: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> np.ndarray:
@@ -154,14 +152,15 @@ def extract_rows(
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
     load         image -> (h, w, C) uint8, or float32 in 0..255, all of one size; runs ahead in threads
-    compute      batch (b, C, h, w) of `batch_size` images, uint8 or float32 in 0..1 -> (b, ...), a row for each image
+    compute      batch (b, C, h, w) uint8 or float32 in 0..1 -> (b, ...), a row for each image
+    batch_size   images of a batch; 0: the context's
     what         is shown beside the progress
     advice       behind the message that the disk is full
     raises       RunError naming the first image whose row is not finite, or where the disk is too small
 
     An interrupted extraction resumes.
     """
-    noted = path.with_suffix(".json")
+    noted, batch_size = path.with_suffix(".json"), batch_size or context.batch_size
     done, crc = _rows_done(path, noted, len(source))
     if done == len(source):
         return np.load(path, mmap_mode="r")

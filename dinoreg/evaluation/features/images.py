@@ -61,11 +61,6 @@ def size_of(picture: Picture) -> tuple[int, int]:
     return height, width
 
 
-def channels_of(picture: Picture) -> int:
-    """Number of channels."""
-    return len(picture.getbands()) if isinstance(picture, Image.Image) else len(picture)
-
-
 def resized(picture: Picture, height: int, width: int, how: Interpolation = "bicubic") -> Picture:
     """A picture at another size in pixels, antialiased; itself where it has that size."""
     if size_of(picture) == (height, width):

@@ -241,6 +241,7 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
     read; RunError naming one whose tokens are not finite, or where the disk is too small.
     """
     made_of = (encoder.identity, encoder.dtype, source.stamp(), *geometry.working, context.features_dtype)
+    path = context.state / f"flow_tokens_{'_'.join(map(str, made_of))}.npy"
     # As many pixels at once as in a batch of crops, for which the batch size is meant.
     height, width = geometry.working
     batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
@@ -255,17 +256,11 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
             )
         return to_array(resized(picture, height, width))
 
-    return extract_rows(
-        context,
-        context.state / f"flow_tokens_{'_'.join(map(str, made_of))}.npy",
-        encoder,
-        source,
-        load,
-        lambda images: F.normalize(encoder.tokens(images).patches.float(), dim=-1),
-        batch_size=batch_size,
-        what="tokens of frames",
-        advice="features_dtype=float16 takes half, flow.upscale=1 a quarter of 2",
-    )
+    def compute(images: Tensor) -> Tensor:
+        return F.normalize(encoder.tokens(images).patches.float(), dim=-1)
+
+    what, advice = "tokens of frames", "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"
+    return extract_rows(context, path, encoder, source, load, compute, what=what, batch_size=batch_size, advice=advice)
 
 
 def forget_tokens(context: Context) -> None:

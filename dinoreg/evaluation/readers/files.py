@@ -5,9 +5,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from dinoreg.data.decode import pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import ChosenSource, PathSource, Source
-from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
+from dinoreg.evaluation.data import Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
@@ -146,19 +145,11 @@ class CroppedSource(ChosenSource):
 def labelled(
     folder: Path, rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
 ) -> Labelled:
-    """Images below a folder with one class each; rows, classes and errors as for `class_labels` and `paths_source`."""
-    labels = class_labels(rows, classes, where, dataset)
-    return Labelled(paths_source(folder, (path for _, path in rows), dataset), labels, len(classes))
-
-
-def class_labels(
-    rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
-) -> np.ndarray:
-    """The labels (n,) int64 of images.
+    """Images below a folder with one class each.
 
     rows     (class, path), as the list `where` has them
     classes  names in the order of their labels; or the range of the numbers that the list has instead
-    raises   UserError for a name or number that is no class
+    raises   UserError for a name or number that is no class, and as `paths_source`
     """
     labels_of = {name: label for label, name in enumerate(classes)}
     labels = []
@@ -169,30 +160,7 @@ def class_labels(
             labels.append(labels_of[name])
         else:
             raise UserError(f"{dataset}: {where}: {name!r} is not among the {len(classes)} classes")
-    return np.array(labels, dtype=np.int64)
-
-
-S = TypeVar("S", Segmented, DepthMaps)
-
-
-def paired(
-    kind: Callable[..., S],
-    images: PathSource,
-    truths: PathSource,
-    read: Callable[[Path, Path], np.ndarray],
-    *extra: int,
-) -> S:
-    """Images with a map over the pixels of each, in files of their own that are read on access.
-
-    kind   Segmented or DepthMaps
-    read   (one of `truths`, its image) -> (H, W)
-    extra  further arguments of `kind`: of Segmented the number of classes
-    """
-
-    def truth(index: int) -> np.ndarray:
-        return read(Path(truths.name(index)), Path(images.name(index)))
-
-    return kind(images, truth, *extra, truths.stamp())
+    return Labelled(paths_source(folder, (path for _, path in rows), dataset), np.array(labels), len(classes))
 
 
 def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
@@ -203,9 +171,11 @@ def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, v
     """
     source = paths_source(images, (f"{name}.jpg" for name in names), dataset)
     truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
-    return paired(
-        Segmented, source, truths, partial(read_mask, classes=classes, void=void, dataset=dataset), len(classes)
-    )
+
+    def mask(index: int) -> np.ndarray:
+        return read_mask(Path(truths.name(index)), Path(source.name(index)), classes, void, dataset)
+
+    return Segmented(source, mask, len(classes), truths.stamp())
 
 
 def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict[str, np.ndarray]:
