@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,7 +140,7 @@ class LogisticModel:
         weight, bias = (each.to(features.device, torch.float32) for each in (self.weight, self.bias))
         return F.linear(features.float(), weight, bias)
 
-    def predict(self, features: Tensor, answers: Sequence[int] | slice = slice(None)) -> Tensor:
+    def predict(self, features: Tensor, answers: np.ndarray | slice = slice(None)) -> Tensor:
         """Classes (n,) int64 on the features' device, of features (n, D); `answers` (m,) are those to choose from."""
         classes = torch.arange(len(self.bias), device=features.device)[answers]
         return torch.cat([classes[self.logits(rows)[:, answers].argmax(-1)] for rows in features.split(ROWS)])
