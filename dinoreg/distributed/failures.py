@@ -57,6 +57,7 @@ class Peers:
         places = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
         self.all = [Peer(number, *place) for number, place in enumerate(places)]
         self.own = self.all[rank]
+        self.others = [peer for peer in self.all if peer != self.own]
 
     def close(self) -> None:
         """Close the port and end the answering thread."""
@@ -71,8 +72,7 @@ class Peers:
         """
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
         message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
-        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            list(pool.map(_check, self._others(), repeat(message)))
+        self._check_others(message)
 
     def _serve(self) -> None:
         while True:
@@ -92,13 +92,11 @@ class Peers:
 
     def missing(self) -> list[tuple[Peer, str]]:
         """The processes that do not answer a health check properly in `ANSWER_SECONDS`, and their states in words."""
-        others = self._others()
-        with ThreadPoolExecutor(min(_MAX_CONNECTIONS, max(1, len(others)))) as pool:
-            answers = pool.map(_check, others)
-        return [(peer, state) for peer, state in zip(others, answers) if state is not None]
+        return [(peer, state) for peer, state in zip(self.others, self._check_others()) if state is not None]
 
-    def _others(self) -> list[Peer]:
-        return [peer for peer in self.all if peer != self.own]
+    def _check_others(self, message: bytes = b"") -> list[str | None]:
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            return list(pool.map(_check, self.others, repeat(message)))
 
     def explain(self, step: int | None, timeout: float) -> str:
         """One line: which processes are lost, after which step, and what to do.
