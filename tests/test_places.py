@@ -102,6 +102,7 @@ def test_shards_lists_and_folders_at_a_url_hold_what_they_hold_on_a_disk(
             here.name(i).removeprefix(str(folder)) for i in range(12)
         ]
         assert found.stamp() == open_source(f"{url}/{spec}", index_dir=kept).stamp()
+    assert contents(open_source(f"simplecache::{url}/tars/train-{{0000..0002}}.tar", index_dir=kept)) == PICTURES
     assert told(read_labelled(f"{url}/tars", kept)) == [(f"kind {number % 2}", "train") for number in range(12)]
     assert told(read_labelled(f"{url}/tables", kept))[1] == ("dog", "train")
     (folder / "own.txt").write_text(f"{url}/plain/sub/03.png\nsub/04.png\n")
