@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +96,6 @@ class ParquetSource(Source):
         return [Group(0, self.rows, 1.0, (self.start, held))]
 
     def _group_of(self, index: int) -> int:
-        if not 0 <= index < self.rows:
-            raise IndexError(index)
         return int(np.searchsorted(self.start, index, side="right")) - 1
 
     def _pictures(self, group: int) -> Any:
@@ -198,11 +197,10 @@ def _bytes_of(column: Any) -> str | None:
 
 def _classes(schema: Any) -> dict[str, list[str]]:
     """{column: names of its classes} that Hugging Face's datasets state in a schema."""
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: list(map(str, about["names"])) for name, about in features.items() if "names" in about}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    return {}
 
 
 def _row_groups(place: str, column: str, file: int) -> np.ndarray:

@@ -42,10 +42,7 @@ def find_shards(spec: str) -> Shards | None:
     raises  UserError for a pattern without a file, and for packed archives or both kinds of shards together
     """
     root, patterns = _parted(spec)
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        found = [pattern] if not _has_pattern(pattern, root) else _matching(root, pattern)
-        names.update(dict.fromkeys(found))
+    names = list(dict.fromkeys(name for pattern in patterns for name in _matching(root, pattern)))
     if packed := [name for name in names if _PACKED.search(name)]:
         raise UserError(
             f"data: {packed[0]} is packed, so that nothing in it can be read by its place; unpack it to .tar"
@@ -56,7 +53,7 @@ def find_shards(spec: str) -> Shards | None:
     if len(kinds) > 1 and (has_pattern(spec) or is_folder(spec)):
         raise UserError(f"data: {spec} names files of several kinds ({', '.join(sorted(kinds))}); say which, as *.tar")
     kind = next(iter(kinds), "")
-    return Shards(root, list(names), kind) if kind in SHARDS or (kind == ".jpg" and has_pattern(spec)) else None
+    return Shards(root, names, kind) if kind in SHARDS or (kind == ".jpg" and has_pattern(spec)) else None
 
 
 def is_place(spec: str) -> bool:
@@ -66,7 +63,7 @@ def is_place(spec: str) -> bool:
 
 def has_pattern(spec: str) -> bool:
     """Whether a spec is a pattern, with `*`, `[…]`, `{…}` or in a path `?`, and no file of that very name."""
-    return _has_pattern(spec) and not (not is_url(spec) and os.path.exists(spec))
+    return _magic(spec).search(spec) is not None and (is_url(spec) or not os.path.exists(spec))
 
 
 def is_folder(spec: str) -> bool:
@@ -90,26 +87,26 @@ def states_of(places: Sequence[str]) -> list[tuple[str, int, str]]:
     return list(parallel(about, range(len(places)), _THREADS))
 
 
-def _has_pattern(text: str, root: str = "") -> bool:
-    return re.search(r"[*\[{]" if is_url(root or text) else r"[*?\[{]", text) is not None
+def _magic(root: str) -> re.Pattern[str]:
+    """What makes a pattern below a folder; at a URL `?` begins what is asked of the server."""
+    return re.compile(r"[*\[{]" if is_url(root) else r"[*?\[{]")
 
 
 def _parted(spec: str) -> tuple[str, list[str]]:
     """The folder before the first part with a pattern, and the patterns below it, without braces."""
-    url = is_url(spec)
-    if has_pattern(spec):
-        root = re.split(r"[*\[{]" if url else r"[*?\[{]", spec, maxsplit=1)[0].rpartition("/")[0]
-        patterns = _without_braces(spec[len(root) :].lstrip("/") if root else spec)
-    elif is_folder(spec):
-        listing = [name for name in names_below(spec) if ending_of(name) in SHARDS] if url else []
-        root, patterns = spec, listing or [f"**/*{ending}" for ending in SHARDS] * (not url)
-    else:
-        root, _, name = spec.rpartition("/")
-        patterns = [name]
-    return (root if url else os.path.abspath(root or ("/" if spec.startswith("/") else "."))), patterns
+    if is_folder(spec) and is_url(spec):
+        return spec, [name for name in names_below(spec) if ending_of(name) in SHARDS]
+    if is_folder(spec):
+        return os.path.abspath(spec), [f"**/*{ending}" for ending in SHARDS]
+    folder, slash, _ = (_magic(spec).split(spec, 1)[0] if has_pattern(spec) else spec).rpartition("/")
+    name = spec[len(folder + slash) :]
+    patterns = _without_braces(name) if has_pattern(spec) else [name]
+    return (folder if is_url(spec) else os.path.abspath(folder + slash)), patterns
 
 
 def _matching(root: str, pattern: str) -> list[str]:
+    if not _magic(root).search(pattern):
+        return [pattern]
     if is_url(root):
         return names_below(root, pattern)
     with readable(f"data: the folder {root}"):

@@ -48,12 +48,13 @@ class Table:
 
     title      what messages call it
     names      of the columns; without a first line of names "path", and as far as they can be told "label", "split"
-    unit       what a row's number counts: "line" or "row"
+    unit       what a row's number counts: "line" of a text, "row" or "image"
     delimiter  between cells; "": a list, which has a path a line and perhaps a label behind it
     first      lines before the first row of cells
     notes      what was not as usual, for the user
     files      of one table of parquet, where it is in several
     classes    {column of parquet: names of the classes that its numbers stand for}
+    known      its rows, where they are in no file: {column: cell}
     """
 
     file: str
@@ -65,6 +66,7 @@ class Table:
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    known: Sequence[Mapping[str, str]] = ()
 
     def column(self, role: str, columns: Columns) -> tuple[str, list[str]] | None:
         """The column of "path", "label" or "split" and notes on how it was found; None where there is none.
@@ -116,8 +118,9 @@ class Table:
         return next((cell for _, (cell,) in self.cells(name)), "")
 
     def _rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        if self.unit == "row":
-            yield from enumerate(self._parquet_rows(names), 1)
+        if self.unit != "line":
+            told = ([row.get(name, "") for name in self.names] for row in self.known)
+            yield from enumerate(told if self.known else self._parquet_rows(names), 1)
             return
         for number, row in _lines(self.file, self.title, self.delimiter):
             if number <= self.first:

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,18 +149,8 @@ def _archives(root: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class Sidecars(Table):
-    """What lies beside each picture under its name, KEY.cls and the fields of KEY.json, as a table in their order."""
-
-    rows: Sequence[dict[str, str]] = ()
-
-    def _rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        yield from enumerate(([row.get(name, "") for name in self.names] for row in self.rows), 1)
-
-
-def sidecars(source: TarSource, title: str) -> Sidecars:
-    """Read the labels of all pictures of WebDataset's shards; a file that is no JSON says nothing.
+def sidecars(source: TarSource, title: str) -> Table:
+    """What lies beside each picture of WebDataset's shards, KEY.cls and the fields of KEY.json; no JSON says nothing.
 
     A key is the picture's name without its ending or, as WebDataset has it, without all behind the name's first dot.
     """
@@ -180,7 +170,7 @@ def sidecars(source: TarSource, title: str) -> Sidecars:
                 if label := texts.get(f"{key}.cls"):
                     rows[-1]["cls"] = label.decode("utf-8", "replace").strip()
     names = dict.fromkeys(name for row in rows for name in row)
-    return Sidecars(title, title, tuple(names), "image", files=tuple(source.archives), rows=rows)
+    return Table(title, title, tuple(names), "image", files=tuple(source.archives), known=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
