@@ -27,8 +27,7 @@ from dinoreg.config.load import load_config
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.cifar import ArraySource
-from dinoreg.scenes.layout import UNITS, label_of
-from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render, render_image
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, UNITS, label_of, render, render_image
 from dinoreg.scenes.shapes import KINDS
 from dinoreg.scenes.textures import BACKGROUNDS
 from dinoreg.train.loop import pretrain

@@ -182,6 +182,8 @@ def test_a_resumed_run_of_a_bag_equals_the_unbroken_one_and_is_probed_on_all_cha
         pretrain(tiny_config(out, **options))
     pretrain(load_config(out, ["resume=true"]))
     assert loss_trace(out) == loss_trace(unbroken)
+    assert "export weights=" in (log := (out / "train.log").read_text())
+    assert "format=timm" not in log  # which has no bag
     drop = ("probe_time", "dse_low", "dse_high")
     one, other = (
         [{key: value for key, value in line.items() if key not in drop} for line in read_lines(run / "probe.jsonl")]

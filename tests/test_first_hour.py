@@ -179,6 +179,8 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
         "config": "small",
         "folder": "photos-9",
         "more": guide.Verbatim(""),
+        "columns": guide.Verbatim(""),
+        "format": "timm",
         "rest": guide.Verbatim("data=photos" if section == "plan" else "steps=5"),
         "source": "photos",
     }

@@ -14,7 +14,7 @@ from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions
-from dinoreg.evaluation.protocols import classification, linear
+from dinoreg.evaluation.protocols import classification, few_shot, linear
 from dinoreg.evaluation.protocols.classification import RESIZE, class_tokens, corruption_rows
 from dinoreg.evaluation.protocols.measurement import Measurement
 from tests.miniatures import imagenet1k, imagenet_c
@@ -172,3 +172,27 @@ def test_corrupted_pictures_are_seen_whole_and_both_layouts_are_one(tmp_path: Pa
     where = context(tmp_path, image_size=32)
     assert repr(where.crop(test.source, RESIZE)) == repr(where.crop(flat.splits["train"].source))
     assert where.crop(flat.splits["train"].source, RESIZE).resize > 32
+
+
+def test_regressions_and_class_means_choose_among_the_classes_that_there_are(tmp_path: Path) -> None:
+    write("imagenet_a", tmp_path, per_class=8)
+    data = read("imagenet_a", tmp_path)
+    rows = classification.logistic(measured("imagenet_a", data, tmp_path))
+    said = np.array(rows[0].details["confusion"]).sum(axis=0)
+    assert said[[0, 2]].sum() == len(data.splits["test"])
+    assert said.sum() == said[[0, 2]].sum()
+    assert rows[0].chance == 0.5
+
+    train = data.splits["train"]
+    features = torch.randn(len(train), 6, generator=torch.Generator().manual_seed(1))
+    asked = torch.randn(200, 6, generator=torch.Generator().manual_seed(2))
+    given = {"seed": 0, "device": "cpu", "metric": "top-1"}
+    spread, index = few_shot.Spread(features), np.arange(len(train))
+    found = few_shot.score(spread, train, index, asked, OPTIONS.logistic, **given)
+    everything = few_shot.score(spread, replace(train, among=None), index, asked, OPTIONS.logistic, **given)
+    for way in ("logistic", "nearest"):
+        assert set(found[way].tolist()) == {0, 2}
+        assert set(everything[way].tolist()) == {0, 1, 2, 3}
+        # What is an answer already stays one.
+        kept = torch.isin(everything[way], torch.tensor([0, 2]))
+        assert torch.equal(found[way][kept], everything[way][kept])

@@ -29,7 +29,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
-from dinoreg.scenes.layout import label_of
+from dinoreg.scenes.render import label_of
 from dinoreg.train import loop
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.metrics import ProbeRunner

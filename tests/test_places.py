@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dinoreg.commands.main import main
 from dinoreg.data.open import open_source, read_labelled
@@ -61,14 +62,23 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), lambda *given: handler(*given, directory=str(folder))
     ) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """(a folder, the URL at which its files are once `put` has copied them)"""
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """(a folder, the URL at which its files are once `put` has copied them); arguments as s3fs has them"""
+    whole = MemoryFileSystem.cat_file
+
+    def cat_file(
+        self: MemoryFileSystem, path: str, version_id: str | None = None, start: int = 0, end: int = 0, **more: object
+    ) -> object:
+        assert version_id is None
+        return whole(self, path, start=start, end=end, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     yield tmp_path, "memory://bucket"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 

@@ -404,6 +404,8 @@ def test_what_loading_costs_is_measured_on_the_images_and_counted(
     config = tiny_config(steps=10, data__source=str(tmp_path), batch_size=2)
     found = plan(config, probe=False)
     assert 1e-4 < found.run.loading < 0.5
+    of_one = tiny_config(steps=10, data__source=str(tmp_path), batch_size=2, model__channels="bag")
+    assert plan(of_one, probe=False).run.loading is not None  # though its statistics are not measured yet
     assert plan(tiny_config(steps=10), probe=False).run.loading is None  # scenes are drawn once
     monkeypatch.setattr(plan_run, "seconds_per_image", lambda *_, **__: 3.0)
     monkeypatch.setattr(plan_run, "estimate", lambda *_: Speed(1.0, False, "assumed", 2))

@@ -10,7 +10,6 @@ import pytest
 
 from dinoreg.data.source import ScenesSource
 from dinoreg.runtime.errors import UserError
-from dinoreg.scenes import layout as scene_plan
 from dinoreg.scenes import render as scenes
 from dinoreg.scenes import shapes as scene_shapes
 from dinoreg.scenes import textures as scene_textures
@@ -36,7 +35,7 @@ def test_a_fresh_process_state_renders_the_same_scene() -> None:
     for table in ("cells", "dash_table", "noise_table", "scale_table"):
         getattr(scene_textures, table).cache_clear()
     scenes._centres.cache_clear()
-    scene_plan._label_block.cache_clear()
+    scenes._label_block.cache_clear()
     assert_same(before, render(5, 48))
 
 
@@ -127,7 +126,7 @@ def test_what_is_visible_is_nearer_than_what_it_hides() -> None:
 
 
 def test_every_block_of_consecutive_scenes_holds_each_class_once() -> None:
-    labels = np.array([scene_plan.label_of(i, seed=6) for i in range(40 * NUM_CLASSES)])
+    labels = np.array([scenes.label_of(i, seed=6) for i in range(40 * NUM_CLASSES)])
     assert (np.sort(labels.reshape(40, NUM_CLASSES), axis=1) == np.arange(NUM_CLASSES)).all()
     assert len({tuple(block) for block in labels.reshape(40, NUM_CLASSES)}) > 30
     assert all(render(i, 32, seed=6).label == labels[i] for i in range(15))
@@ -142,7 +141,7 @@ def test_sources_with_disjoint_ranges_share_no_picture_and_index_the_same_world(
     train, test = ScenesSource(30, size=32, seed=8), ScenesSource(20, size=32, seed=8, first=30)
     assert (len(train), len(test)) == (30, 20)
     np.testing.assert_array_equal(test.read(3), render_image(33, 32, seed=8))
-    assert scene_plan.label_of(33, seed=8) == render(33, 32, seed=8).label
+    assert scenes.label_of(33, seed=8) == render(33, 32, seed=8).label
     pictures = {train.read(i).tobytes() for i in range(30)} | {test.read(i).tobytes() for i in range(20)}
     assert len(pictures) == 50
 
@@ -225,13 +224,13 @@ def test_colour_histograms_do_not_solve_the_classes() -> None:
     scale = StandardScaler()
     train = scale.fit_transform(histogram_features(range(3000)))
     test = scale.transform(histogram_features(range(3000, 4500)))
-    truth = np.array([scene_plan.label_of(i) for i in range(4500)])
+    truth = np.array([scenes.label_of(i) for i in range(4500)])
     model = LogisticRegression(C=0.1, max_iter=200).fit(train, truth[:3000])
     assert 1 / NUM_CLASSES < model.score(test, truth[3000:]) < 0.5
 
 
 def test_the_data_modules_read_no_files() -> None:
-    for module in (scenes, scene_plan, scene_shapes, scene_textures):
+    for module in (scenes, scene_shapes, scene_textures):
         source = Path(str(module.__file__)).read_text()
         assert "open(" not in source
         assert "np.load" not in source

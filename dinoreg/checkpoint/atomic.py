@@ -104,9 +104,7 @@ def _failures(error: BaseException) -> Mapping[int, Any]:
 def reason(error: BaseException) -> str:
     """A short phrase for why a file could not be written or read, from `cause`."""
     error = cause(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error, 200)
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 200)
 
 
 def remedy(error: BaseException, run: Path) -> str:

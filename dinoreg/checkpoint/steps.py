@@ -65,8 +65,7 @@ def probe_in_words(line: Mapping[str, Any]) -> str:
             beside |= {name: line.get(f"{key}_{name}") for name in ("chance", "majority")}
             shown = ", ".join(f"{name} {100 * number(share):.1f}" for name, share in beside.items() if is_number(share))
             against = against_start(line) if key == "knn_top1" else ""
-            text = f"{key}: {_interval(line, key)}{shown and f' ({shown})'}{against and f', {against}'}"
-            parts.append(text)
+            parts.append(f"{key}: {_interval(line, key)}{shown and f' ({shown})'}{against and f', {against}'}")
     ranks = [key for key in ("rankme", "general_rankme") if is_number(line.get(key))]
     return "  ".join([*parts, *(f"{key}: {line[key]:.4g}" for key in ranks)])
 

@@ -28,8 +28,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.templates import with_interval
-from dinoreg.scenes.layout import label_of
-from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, label_of
 from dinoreg.train.loop import pretrain
 from dinoreg.train.state import build_networks
 from dinoreg.weights.load import load

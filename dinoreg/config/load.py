@@ -63,8 +63,7 @@ def load_config(source: str | Path | None = None, overrides: Mapping[str, Any] |
         given = typed(layer, Config, where)
         for group in EXCLUSIVE:
             if any(given.get(key) is not None and given[key] is not False for key in group):  # 0 is a value
-                unset = False if group == COMMAND_ONLY else None
-                values.update(dict.fromkeys(group, unset))
+                values.update(dict.fromkeys(group, False if group == COMMAND_ONLY else None))
         values.update(preset_values(given.get("augment.preset")) | given)
     if source is not None and path.name == "config.yaml" and "out" not in layers[-1][1]:
         again = values.get("resume") or values.get("overwrite")

@@ -305,8 +305,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
             arguments[item.name] = values[name]
         elif item.default is REQUIRED:
             verb = getattr(cls, "_verb", "")
-            help = item.metadata["option"].help
-            raise UserError(f"{verb}: {name}= is missing: {help}; see dinoreg {verb} --help")
+            raise UserError(f"{verb}: {name}= is missing: {item.metadata['option'].help}; see dinoreg {verb} --help")
     return cls(**arguments)
 
 
@@ -392,8 +391,7 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 # ------------------------------------------------------------------------------------------------------------

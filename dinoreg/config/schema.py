@@ -397,9 +397,7 @@ class Config(Options):
 
     def layer_decay(self) -> float:
         """Learning rate factor per block, in (0, 1]: `optim.layer_decay`; with `init=` at most `adapt.layer_decay`."""
-        if self.init is None:
-            return self.optim.layer_decay
-        return min(self.optim.layer_decay, self.adapt.layer_decay)
+        return self.optim.layer_decay if self.init is None else min(self.optim.layer_decay, self.adapt.layer_decay)
 
     def explain_lr(self, world_size: int = 1) -> str:
         """One line on how the peak learning rate is computed."""

@@ -131,8 +131,8 @@ class PathSource(Source):
             try:
                 files.append((self.paths[place], read_place(joined(self.root, self.paths[place]))))
             except OSError as error:
-                which = f"{self.paths[place]}: " if self.bands > 1 else ""
-                raise BadImage(f"{which}cannot be read: {error.strerror}") from error
+                reason = f"cannot be read: {error.strerror}"
+                raise BadImage(reason if self.bands == 1 else f"{self.paths[place]}: {reason}") from error
         return files[0][1] if self.bands == 1 else read_bands(files)
 
     def name(self, index: int) -> str:

@@ -104,8 +104,7 @@ def with_statistics(config: Config, source: Source, before: Config | None = None
     mean, std = np.array(found.mean), np.array(found.std)
     if config.model.bag_of:
         mean, std = mean.mean(keepdims=True), np.sqrt((std**2 + mean**2).mean(keepdims=True) - mean.mean() ** 2)
-    measured = {"mean": mean, "std": std}
-    values: dict[str, Any] = {key: tuple(measured[key].round(4).tolist()) for key in sorted(unknown)}
+    values: dict[str, Any] = {key: tuple({"mean": mean, "std": std}[key].round(4).tolist()) for key in sorted(unknown)}
     if std.min() <= 0:
         raise UserError(f"augment.std: missing, and one of {channels} channels is the same everywhere")
     shown = {key: f"=[{','.join(f'{each:g}' for each in value)}]" for key, value in values.items()}

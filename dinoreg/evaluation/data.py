@@ -83,7 +83,7 @@ class Labelled(_ImageLabels):
     """Images with one class each.
 
     labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
-    among   (m,) the classes that answers of the linear grid and of k-NN are chosen from, ascending; None: all
+    among   (m,) the classes that answers are chosen from, ascending; None: all
     """
 
     among: np.ndarray | None = None

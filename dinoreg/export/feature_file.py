@@ -153,8 +153,7 @@ class RowFile:
 
     def _check_room(self) -> None:
         existing = next(path for path in self.out.absolute().parents if path.is_dir())
-        copies = 2 if self.out.suffix == ".parquet" else 1
-        needed = self.row_bytes * (copies * self.total - self.count)
+        needed = self.row_bytes * ((2 if self.out.suffix == ".parquet" else 1) * self.total - self.count)
         free = shutil.disk_usage(existing).free
         if needed > free:
             room = f"{self.total:,} rows need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free"

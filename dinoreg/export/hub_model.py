@@ -76,16 +76,14 @@ class PlainViT(nn.Module):
         self.grid, self.patch_size = tuple(grid), patch_size
         self.channels, self.embed_dim = channels, dim
         self.num_features = dim * (in_channels if channels == "bag" else 1)
-        seen = in_channels if channels == "joint" else 1  # by the network at once
         self.num_register_tokens = num_registers
         self.antialias, self.position_offset = antialias, position_offset
         self.rope_base, self.head_dim = rope_base, dim // heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        shape = 1, 1 + grid[0] * grid[1], dim
-        self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
+        self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros((1, 1 + grid[0] * grid[1], dim)))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        projection = nn.Conv2d(seen, dim, patch_size, patch_size)
+        projection = nn.Conv2d(in_channels if channels == "joint" else 1, dim, patch_size, patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection, flatten=nn.Flatten(2)))
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
         for index in {block for block, _ in register_neurons}:
@@ -128,8 +126,7 @@ class PlainViT(nn.Module):
         W."""
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
-            size = self.patch_size
-            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {size}")
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
     def together(self, tokens: Tensor, images: Tensor) -> Tensor:

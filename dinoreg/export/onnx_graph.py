@@ -136,9 +136,6 @@ def _quiet() -> Iterator[None]:
 # Bicubic resampling as two matrix products
 
 
-PLAIN_SLOPE = -0.75  # of the cubic kernel in PyTorch's resampling without antialiasing
-
-
 def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | float = 0.0) -> Tensor:
     """The weights (target, grid), float32, of `grid` samples in each of `target` resampled ones.
 
@@ -151,8 +148,7 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     scale = (grid / (torch.full((), target, dtype=torch.float64) + offset)).float()
     if antialias:
         # The kernel widens as the target shrinks; what falls outside the grid is left out and the rest sums to one.
-        distance = (sources + 0.5 - places * scale) / scale.clamp(min=1.0)
-        weights = cubic_kernel(distance.abs(), ANTIALIASED_SLOPE)
+        weights = cubic_kernel(((sources + 0.5 - places * scale) / scale.clamp(min=1.0)).abs(), ANTIALIASED_SLOPE)
         return weights / weights.sum(dim=1, keepdim=True)
     # Four taps around the sampling point; those outside the grid take the value at its border.
     point = places * scale - 0.5
@@ -160,7 +156,7 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     weights = torch.zeros_like(point * sources)
     for tap in (-1.0, 0.0, 1.0, 2.0):
         place = (first + tap).clamp(0, grid - 1)
-        share = cubic_kernel((point - first - tap).abs(), PLAIN_SLOPE)
+        share = cubic_kernel((point - first - tap).abs(), -0.75)  # the slope of PyTorch's without antialiasing
         weights = weights + (sources == place).to(torch.float32) * share
     return weights
 

@@ -59,8 +59,7 @@ def export(
             drop_float16(artefact)
             certificate["artefact"]["files"] = listing(artefact)
         write_card(artefact, form, source, certificate)
-        text = json.dumps(certificate, indent=1) + "\n"
-        (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
+        (artefact / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         for path in (*artefact.iterdir(), artefact):
             sync(path)
         os.replace(artefact, target)
@@ -113,9 +112,6 @@ def _aside(target: Path) -> Iterator[Path]:
 # The model card
 
 
-MAX_TEXT = 200  # characters of a text from a run that are shown
-
-
 def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[str, Any]) -> None:
     """Write `README.md` into the artefact's folder.
 
@@ -163,7 +159,7 @@ def _worst_checks(certificate: Mapping[str, Any]) -> Iterator[tuple[Any, str, bo
 
 
 def _short(value: object) -> str:
-    return str(value)[:MAX_TEXT]
+    return str(value)[:200]  # characters
 
 
 def _base_name(value: Any) -> str:

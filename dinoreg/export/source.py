@@ -68,8 +68,7 @@ class Source:
         if size is not None:
             for extent in (sides := as_pair(size, "size")):
                 if extent % self.model.patch_size:
-                    expected = multiples(extent, self.model.patch_size)
-                    raise UserError(f"size={size}: {extent}, expected {expected}")
+                    raise UserError(f"size={size}: {extent}, expected {multiples(extent, self.model.patch_size)}")
             self.preprocessing = self.preprocessing.at(sides)
             self.model = resized(self.model, self.preprocessing.size)
         kinds = {"step": int, "config_hash": str, "test_time": str}
@@ -106,7 +105,6 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
 
 MIN_COSINE = 0.9999  # of class tokens
 MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
-_TURNED = 6
 
 
 def _needs_tiff(stated: Preprocessing) -> bool:
@@ -188,7 +186,7 @@ def _write_bytes(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[st
     veiled.putalpha(Image.linear_gradient("L").resize(veiled.size))
     save("transparent", veiled)
     exif = Image.Exif()
-    exif[ORIENTATION_TAG] = _TURNED
+    exif[ORIENTATION_TAG] = 6  # turned
     save("turned", drawn["wide"], "jpg", quality=95, exif=exif)
     return paths
 

@@ -163,13 +163,13 @@ def _crops_ahead(job: Job) -> int:
 def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
     """Bytes that the probe inside a run needs on a CPU, little of which finds room in what a step has left.
 
-    A batch of its images needs what as many global crops of the teacher do in a step, and two copies of its pixels.
+    A batch of its images needs what as many global crops of the teacher do in a step (of a bag of channels, as many for
+    each channel), and two copies of its pixels.
     """
     config, size = job.config, job.config.crops.global_size
     if config.probe.every == 0:
         return 0
-    passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE)
-    passing *= config.model.in_channels // config.model.crop_channels  # of a bag every channel passes
+    passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE) * (config.model.bag_of or 1)
     pixels, images = config.model.in_channels * size**2, min(config.probe.num_images, PROBE_BATCH)
     kept = config.probe.num_images * (1 + (config.probe.general is not None)) * pixels
     kept += MOST_IMAGES * (config.probe.dense is not None) * pixels

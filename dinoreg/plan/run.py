@@ -168,7 +168,8 @@ def _loading(job: Job, source: Source | None, notes: list[str]) -> float | None:
     """Seconds in which a core of this machine prepares an image of the source; None where there are no files."""
     if source is None or isinstance(source, ScenesSource):
         return None
-    config = job.config
+    any_pixels = replace(job.config.augment, mean=(0.5,), std=(0.25,))  # which the run will measure
+    config = replace(job.config, augment=any_pixels)
     try:
         views = views_of(config, config.crops, job.sizes.networks.backbone.patch_size, job.sizes.tutor)
         return seconds_per_image(source, views, config.data, augmented=job.device.kind == "cpu")

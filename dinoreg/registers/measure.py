@@ -26,15 +26,10 @@ from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.norms import histogram, joined, token_norms
 
-BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
 SHOWN = 6  # images whose maps are drawn
-ATTENDED = 16  # images over which attention is averaged
 CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # {name in the record: token whose probe is scored again}
 BESIDE_OUTLIERS = "normal patch, images with an outlier"
-CONTROL_IMAGES = 256  # to which replacements are applied, at most
-DISCOVERY_IMAGES = 500
 BIASES = tuple(-step / 10 for step in range(10))  # added to LOST's cosines; arXiv 2506.08010 sweeps [-1, 0]
-FIT_IMAGES = 48  # for finding register neurons
 
 
 class Pictures(NamedTuple):
@@ -131,7 +126,7 @@ def fit(encoder: NativeEncoder, pictures: Pictures, norms: Tensor) -> tuple[Nati
     if last_block is None:
         largest = f"of {outliers.numel():,} patches the largest norm is {found.largest:.2f} times the median"
         raise UserError(f"{encoder.name}: no outlier tokens, {largest}: nothing that a test-time register could take")
-    most = outliers.sum(dim=1).argsort(descending=True, stable=True)[:FIT_IMAGES]
+    most = outliers.sum(dim=1).argsort(descending=True, stable=True)[:48]  # images, which suffice to find neurons
     size = batch_size(encoder, encoder.grid(*pictures.images.shape[-2:]))
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
     masks = [outliers[rows] for rows in most.split(size)]
@@ -151,7 +146,7 @@ def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:
     grid  rows and columns of patches
     """
     one = 4 * encoder.depth * encoder.dim * (1 + encoder.num_registers + grid[0] * grid[1])
-    return int(min(max(BATCH_BYTES // one, 1), 64))
+    return int(min(max((1 << 28) // one, 1), 64))
 
 
 def _layer(block: int, patches: Tensor, special: Tensor) -> dict[str, Any]:
@@ -211,7 +206,7 @@ class _Inspection:
         block."""
         self.progress("attention")
         first, maps, shares, entropy = self.first, [], [], []
-        for image, mask in zip(self.images[:ATTENDED], outliers):
+        for image, mask in zip(self.images[:16], outliers):  # enough for means
             weights = self.encoder.module.attention(self.encoder.prepare(image[None]))[0].float().mean(dim=0).cpu()
             row, patches = weights[0], weights[0, first:]
             shares.append([row[0], row[1:first].sum(), patches[mask].sum(), patches[~mask].sum()])
@@ -283,7 +278,7 @@ class _Inspection:
         probed  the probes of the untouched backbone
         """
         self.progress(f"controls: {what}")
-        parts = rows[:CONTROL_IMAGES].split(max(self.size, 2))
+        parts = rows[:256].split(max(self.size, 2))  # images, at most
         batches = [each for each in parts if len(each) > 1 or what == "outliers"]
         if not batches:
             return []
@@ -329,7 +324,7 @@ class _Inspection:
     def discovery(self, boxes: Sequence[np.ndarray]) -> dict[str, Any]:
         """LOST's CorLoc with normalised keys of the last block, plain and with the best of ten biases."""
         self.progress("object discovery")
-        images = self.images[:DISCOVERY_IMAGES]
+        images = self.images[:500]  # at most
         truth, (height, width) = boxes[: len(images)], images.shape[-2:]
         found = np.zeros((len(BIASES), len(images), 4), dtype=np.float32)
         keys = (key for batch in images.split(8) for key in self.encoder.qkv(batch)["key"])

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PAPER_LIMIT = 150.0  # a norm; for DINOv2-g only
-DEVIATIONS = 4.0  # of the log norms, above their median: 3 in 100,000 of a log-normal bulk lie beyond
 LEAST_RATIO = 2.0  # no norm below this many medians is an outlier, however narrow the bulk
-MAD_TO_DEVIATION = 1.4826  # for a normal distribution
 LEAST_SHARE, LEAST_COUNT = 5e-4, 5  # a smaller share or number of outliers is taken for chance
-VALLEY = 0.5  # a group of its own: somewhere below it, tokens are half as dense as within it
 LOW_INFORMATION = 0.25  # the share of patches, those most like their neighbours, that count as of low information
 
 
@@ -65,9 +62,10 @@ def robust_limit(norms: Tensor) -> Limit:
     norms = norms.detach().flatten().double()
     logs = norms.clamp(min=1e-12).log()
     middle = logs.median()
-    deviation = float(MAD_TO_DEVIATION * (logs - middle).abs().median())
+    deviation = float(1.4826 * (logs - middle).abs().median())  # that of a normal distribution, by its MAD
     median = float(middle.exp())
-    return Limit(median * max(LEAST_RATIO, math.exp(DEVIATIONS * deviation)), median, deviation)
+    # Beyond 4 deviations lie 3 in 100,000 of a log-normal bulk.
+    return Limit(median * max(LEAST_RATIO, math.exp(4 * deviation)), median, deviation)
 
 
 def find_outliers(norms: Tensor, limit: Limit) -> Outliers:
@@ -80,7 +78,7 @@ def find_outliers(norms: Tensor, limit: Limit) -> Outliers:
         return Outliers("none", 0, 0.0, 0.0, largest, math.inf)
     valley = _valley(norms.clamp(min=1e-12).log(), math.log(limit.median), float(above.log().median()))
     enough = count >= LEAST_COUNT and share >= LEAST_SHARE
-    kind = "none" if not enough else "group" if valley < VALLEY else "tail"
+    kind = "none" if not enough else "group" if valley < 0.5 else "tail"
     return Outliers(kind, count, share, float(above.median()) / limit.median, largest, valley)
 
 

@@ -152,10 +152,8 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
     norms = measured.norms[-1, :count].unflatten(1, grid).numpy()
     lines = []
     for picture, norm, attention in zip(images, norms, measured.attention.numpy()):
-        maps = [colour_map(norm, float(norms.max())), *map(colour_map, attention)]
-        lines.append(map_row(picture, maps, TILE))
-    names = [name.replace("register", "reg") for name in token_names(tokens - 1)]
-    return sheet(lines, ["image", "norms", *names])
+        lines.append(map_row(picture, [colour_map(norm, float(norms.max())), *map(colour_map, attention)], TILE))
+    return sheet(lines, ["image", "norms", *[name.replace("register", "reg") for name in token_names(tokens - 1)]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,7 +161,6 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
 
 
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
-ALIKE = 0.98  # mean cosine of registers that have not come apart
 
 
 def judge(record: dict[str, Any]) -> Verdict:
@@ -173,7 +170,8 @@ def judge(record: dict[str, Any]) -> Verdict:
     """
     outlier_probe = _probe(record, "outlier patch")
     against = (outlier_probe or {}).get("against")
-    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > ALIKE
+    # Registers whose mean cosine is higher have not come apart.
+    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > 0.98
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,

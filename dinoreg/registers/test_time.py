@@ -138,8 +138,7 @@ def fit_test_time_register(
             now = changed(images)
             patches.append(F.cosine_similarity(now.patches, tokens.patches, dim=-1)[~mask.to(images.device)])
             classes.append(F.cosine_similarity(now.cls, tokens.cls, dim=-1))
-        cosines = (float(torch.cat(each).mean()) for each in (patches, classes))
-        tried.append((Trial(count, share, *cosines), changed))
+        tried.append((Trial(count, share, *(float(torch.cat(each).mean()) for each in (patches, classes))), changed))
         if share <= CLEANED * before:
             break
     best, changed = min(tried, key=lambda each: each[0].share)
@@ -159,5 +158,4 @@ def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tenso
 
 
 def _share(patches: Sequence[Tensor], limit: float) -> float:
-    above = [(part.float().norm(dim=-1) > limit).flatten() for part in patches]
-    return float(torch.cat(above).double().mean())
+    return float(torch.cat([(part.float().norm(dim=-1) > limit).flatten() for part in patches]).double().mean())

@@ -24,7 +24,6 @@ from dinoreg.models.vit import RegisterViT
 CONTROLS = ("zero", "mean", "noise", "shuffle")
 TEST_SHARE = 0.3  # of the labelled images
 CS = tuple(10.0**power for power in range(-4, 4))  # inverse L2 strengths to choose from on held-out training images
-LEAST_TRAIN = 20  # images, below which a probe says nothing
 
 
 class Probed(NamedTuple):
@@ -68,7 +67,8 @@ def probe_token(
     """
     present = torch.ones_like(test) if present is None else present
     train, tested = present & ~test, present & test
-    if int(train.sum()) < LEAST_TRAIN or not tested.any() or len(labels[train].unique()) < 2:
+    # From fewer images, what is learnt says nothing.
+    if int(train.sum()) < 20 or not tested.any() or len(labels[train].unique()) < 2:
         return None
     fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
     right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()

@@ -22,7 +22,6 @@ LEVELS = ("random init", "raw pixels")
 NAMES = {"own": "your own", "start": "its start", "public": "the public backbone", "random init": "random weights"}
 NAMES["raw pixels"] = "raw pixels"
 NO_MATTER = 0.02  # a difference of accuracy that is none for use
-COULD_MATTER = 0.05  # one from random weights that more labels should tell
 HALF = 0.5  # of the way from random weights to the public backbone
 OPEN = ("not shown", "no difference")
 
@@ -63,7 +62,7 @@ def advise(record: Mapping[str, Any]) -> Advice:
         return Advice(OWN, f"it is {' and '.join(told[role] for role in rivals)} {on}")
     left = found[open_[0]]
     widest = max(abs(left["low"]), abs(left["high"]))
-    if widest > (NO_MATTER if rivals[0] in RIVALS else COULD_MATTER):
+    if widest > (NO_MATTER if rivals[0] in RIVALS else 0.05):  # from random weights, which more labels should tell
         return Advice(MORE, _more(left, NAMES[open_[0]], record["data"]["n_test"]))
     equal = f"your own is as good as {NAMES[open_[0]]} to within {100 * widest:.1f} points {on}"
     if open_[0] != "public":
@@ -118,8 +117,7 @@ def in_short(record: Mapping[str, Any]) -> list[str]:
     """The record in lines for the terminal: accuracies, differences, labels, the advice."""
     roles, count = record["contenders"], record["data"]["n_test"]
     lines = [f"{NAMES[role]} ({each['name']}): {with_interval(**each['logistic'])}" for role, each in roles.items()]
-    for row in _differences(record):
-        lines.append(f"your own against {row[0]}: {row[1]}; k-NN {row[2]}")
+    lines += [f"your own against {row[0]}: {row[1]}; k-NN {row[2]}" for row in _differences(record)]
     lines += [f"labels for {what}: {said}" for what, said in _labels(record)]
     return [f"{record['data']['title']}, logistic regression on {count:,} pictures", *lines]
 

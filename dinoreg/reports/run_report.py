@@ -157,8 +157,7 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
 def run_names(runs: Sequence[Run]) -> list[str]:
     """Folder names, with as much of the path as makes them distinct."""
     parts = [run.folder.resolve().parts for run in runs]
-    longest = max(len(each) for each in parts) if parts else 1
-    for depth in range(1, longest + 1):
+    for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return names

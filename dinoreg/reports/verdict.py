@@ -43,8 +43,7 @@ def verdict(run: Run) -> Verdict:
     judged = [judge(probe) for probe in run.newest_probes()]
     compared = [each for each in judged if each.tone != "plain"]
     if judged:
-        order = list(TONES.values())
-        first = min(compared, key=lambda each: order.index(each.tone)) if compared else judged[0]
+        first = min(compared, key=lambda each: [*TONES.values()].index(each.tone)) if compared else judged[0]
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))

@@ -44,6 +44,8 @@ def after_training(run: object, config: Mapping[str, Any]) -> dict[str, Any]:
     labelled, data = config.get("probe.data"), config.get("data.source", config.get("data"))
     own = [each for each in (labelled, data) if isinstance(each, str) and each.partition(":")[0] != "scenes"]
     found = {"weights": run, "labelled": labelled if labelled in own else None, "images": own[0] if own else None}
+    found["columns"] = repeated(config, {"probe.columns" if labelled in own else "data.columns": "columns"})
+    found["format"] = "timm" if config.get("model.channels", "joint") == "joint" else "safetensors"
     return found | {"reading": repeated(config, {"probe.columns": "columns", "probe.root": "own.root"})}
 
 

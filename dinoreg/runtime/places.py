@@ -69,9 +69,9 @@ def read_range(place: str, start: int, end: int) -> bytes:
             file.seek(start)
             return file.read(end - start)
     fs, path = filesystem(place)
-    more = {} if fs.async_impl else {"cache_type": "none"}  # else megabytes behind the range are read with it
+    more = {} if fs.async_impl else {"cache_type": "none"}  # else megabytes behind the range come with it
     with in_hand(place):
-        data: bytes = _asked(place, lambda: fs.cat_file(path, start, end, **more)) if end > start else b""
+        data: bytes = _asked(place, lambda: fs.cat_file(path, start=start, end=end, **more)) if end > start else b""
     if len(data) > end - start:
         raise RunError(f"{place}: the server hands out whole files, not the ranges that are asked for")
     return data

@@ -255,8 +255,7 @@ class Health:
         if result.targets is None:
             return
         targets, features = result.targets.dino, result.targets.features  # (2B, K), (2B, D)
-        entropy = torch.special.entr(targets).sum(dim=-1).mean()
-        self._sums = self._sums + torch.stack([entropy, _spread(features)])
+        self._sums = self._sums + torch.stack([torch.special.entr(targets).sum(dim=-1).mean(), _spread(features)])
         self._marginal = self._marginal + targets.mean(dim=0)
         self._steps += 1
         self.features.append(features)

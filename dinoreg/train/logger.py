@@ -107,8 +107,7 @@ class MLflow:
         self.client: Any = mlflow.MlflowClient()
         self._last: Any = None
         if identity is None:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            experiment = mlflow.set_experiment(name).experiment_id
+            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id
             identity = str(self.client.create_run(experiment, run_name=out.resolve().name).info.run_id)
             params = [mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
             self.client.log_batch(identity, params=params)
@@ -188,7 +187,6 @@ _CONSOLE = {
     "lr": "lr {:.2e}",
     "images_per_second": "{:.1f} img/s",
 }
-_WAITS = 0.1  # share of a step from which waiting for images is worth a word
 _APART = 15.0, 600.0  # seconds between lines where there is no bar: a hundredth of the running time, within these
 
 # Files of JSON lines, each with its step.
@@ -297,8 +295,8 @@ class RunLog(SilentLog):
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         self._add_scalars("train", numbers, values["step"])
         line = "  ".join(form.format(values[key]) for key, form in _CONSOLE.items() if key in values)
-        waits, whole = values.get("data_time", 0.0), values["step_time"]
-        line += f"  {waits / whole:.0%} waiting for images" if waits > _WAITS * whole else ""
+        waits = values.get("data_time", 0.0) / values["step_time"]
+        line += f"  {waits:.0%} waiting for images" if waits > 0.1 else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
         self._show(values, line)
 

@@ -12,7 +12,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
 from dinoreg.config.option import flat
 from dinoreg.data.loader import Batch, BatchLoader
-from dinoreg.distributed.process_group import Ranks, session
+from dinoreg.distributed.process_group import session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
@@ -43,8 +42,6 @@ from dinoreg.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
-# An fp16 loss scale may halve this often before a non-finite step means anything.
-FP16_GRACE = 16
 _NO_DATA = 1000  # in place of a signal's number: some process has no batch
 
 
@@ -124,8 +121,9 @@ def train(
     """
     setup, config, num_steps = monitor.setup, monitor.setup.config, monitor.setup.num_steps
     save_every = config.checkpoint.period(setup.schedules.horizon)
-    max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
-    patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)
+    # An fp16 loss scale may halve 16 times before a non-finite step means anything.
+    max_nonfinite = config.health.max_nonfinite + (16 if monitor.fp16 else 0)
+    patience = Patience(monitor, signals)
     batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
@@ -162,18 +160,12 @@ def train(
         checkpoints.close(batches.bad)
 
 
-@dataclass
 class Patience:
-    """What is done while a process waits: files that are not read are named, and signals answered.
+    """What is done while a process waits: files that are not read are named, and signals answered."""
 
-    timeout  seconds without an answer after which the others count this process as lost
-    """
-
-    ranks: Ranks
-    log: SilentLog
-    signals: Signals
-    timeout: float
-    said: float = 0.0
+    def __init__(self, monitor: Monitor, signals: Signals) -> None:
+        self.ranks, self.log, self.signals, self.said = monitor.ranks, monitor.log, signals, 0.0
+        self.timeout = monitor.setup.config.parallel.timeout  # after which the others count this process as lost
 
     def for_data(self, seconds: float) -> None:
         """After `seconds` of waiting for a batch; Interrupted after a signal to any process.
@@ -248,8 +240,7 @@ def open_stage(
             torch.compiler.reset()  # else what is compiled anew would be for crops of any size
         sizes = f"{views.crops.global_size} and {views.crops.local_size} px"
         patience.log.say(f"step {state.step}: from here to step {end} crops of {sizes}")
-    loader = setup.batches(state).when_waiting(patience.for_data)
-    return loader, Pace(setup.outlook, end, patience.log, setup.device)
+    return setup.batches(state).when_waiting(patience.for_data), Pace(setup.outlook, end, patience.log, setup.device)
 
 
 def every(period: int, step: int) -> bool:

@@ -145,7 +145,6 @@ def unlearning(config: Config) -> list[str]:
     return [name for name, applies in still.items() if applies]
 
 
-_EVERY = 7  # pixels of a crop that are looked at in each step, along both sides
 _LIMIT = 1 / 512  # of the range of values: nearer to black or white is at its end
 
 
@@ -176,7 +175,7 @@ class DataWatch:
         for number, checksum in zip(ids.tolist(), batch.checksums.tolist()):
             self._copies += self._known.setdefault(checksum, number) != number
             self._compared += 1
-        self._sums.append(batch.global_crops[:, 0, ::_EVERY, ::_EVERY].sum())
+        self._sums.append(batch.global_crops[:, 0, ::7, ::7].sum())  # a few pixels
 
     def summarise(self, batch: Batch) -> dict[str, float]:
         """What was seen since the last call, and the pixels of `batch`; waits for the device.
@@ -226,8 +225,8 @@ class ProbeRunner:
         monitor  logs; it excludes the time of probes from the step time
         """
         self.setup, self.probe, self.monitor, self.options = setup, probe, monitor, setup.config.probe
-        tenth = max(1, setup.schedules.horizon // 10)
-        self.every = tenth if self.options.every is None else self.options.every
+        every = self.options.every
+        self.every = max(1, setup.schedules.horizon // 10) if every is None else every
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
         self._images = "" if self.probe.source is None else self.probe.source.fingerprint()

@@ -15,7 +15,6 @@ from dinoreg.train.logger import SilentLog
 FEW_BATCHES, MANY_PASSES, LONG = 20, 2000, 7 * 86_400.0
 # A run that is advised instead: passes, seconds, the smallest batch, and the fewest steps that are worth it.
 _PASSES, _SECONDS, _BATCH, _STEPS = 500, 86_400.0, 8, 1000
-SAID_FROM = 300.0  # seconds to the end; those of shorter runs are seen soon enough
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def batch_for(images: int) -> int:
 
 def rounded(value: float) -> str:
     """A number with three significant digits and commas, as 23,500; below 100 with one decimal, as 1.6."""
-    if value < 100:
-        return f"{value:.1f}".removesuffix(".0")
-    return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.1f}".removesuffix(".0") if value < 100 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _floor(value: float) -> int:
@@ -137,7 +134,7 @@ class Pace:
             return
         each, waiting = min(self.steps)
         left = each * (self.last_step - step)
-        if left > SAID_FROM:
+        if left > 300:  # the end of a shorter run is seen soon enough
             share = f", {waiting / each:.0%} of it waiting for images" if waiting > each / 10 else ""
             end = "the end" if self.last_step == self.outlook.steps else f"step {self.last_step}"
             self.log.say(f"step {step}/{self.outlook.steps}: {each:.3g} s a step{share}; about {about(left)} to {end}")

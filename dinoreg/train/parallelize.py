@@ -30,9 +30,6 @@ from dinoreg.runtime.packed_attention import Shapes, mark_constants
 # A student or teacher by module name, see `state.Networks`.
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
-# Above this many parameters in the student, replicas of the training state on every process waste memory.
-LARGEST_FOR_DDP = 300_000_000
-
 
 def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: int) -> str:
     """ "single", "ddp" or "fsdp", from the options or, for "auto", from the number of parameters of the student.
@@ -45,7 +42,8 @@ def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: in
         raise UserError(f"parallel.shard={options.shard}: expected a divisor of the {world_size} processes")
     if options.strategy != "auto":
         return options.strategy
-    return "fsdp" if num_parameters > LARGEST_FOR_DDP or options.shard is not None else "ddp"
+    # Of larger networks, replicas of the training state on every process waste memory.
+    return "fsdp" if num_parameters > 300_000_000 or options.shard is not None else "ddp"
 
 
 def parallelize(
@@ -67,8 +65,7 @@ def parallelize(
 
     FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
     """
-    num_parameters = sum(p.numel() for p in student.parameters())
-    strategy = choose_strategy(options, num_parameters, ranks.world_size)
+    strategy = choose_strategy(options, sum(p.numel() for p in student.parameters()), ranks.world_size)
     if strategy == "fsdp":
         mesh = mesh or device_mesh(device, options.shard, ranks.world_size)
         policy = MixedPrecisionPolicy(
@@ -109,8 +106,7 @@ def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolic
     # Tokens are views of one tensor; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in networks.values():
-        units = [*module.blocks, module] if isinstance(module, RegisterViT) else [module]
-        for unit in units:
+        for unit in [*module.blocks, module] if isinstance(module, RegisterViT) else [module]:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 

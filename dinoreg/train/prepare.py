@@ -314,8 +314,7 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
-            shapes = section == "head" or key in ("name", *ARCHITECTURE)
-            if shapes and then[key] != now[key]:
+            if (section == "head" or key in ("name", *ARCHITECTURE)) and then[key] != now[key]:
                 kept = f"the run in {out} has {then[key]}; a resumed run keeps its architecture"
                 raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.

@@ -42,15 +42,12 @@ from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed
-from dinoreg.scenes.layout import label_of
-from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, label_of, render
 
 NEIGHBOURS = 20
 BATCH_SIZE = 128
-READ_AT_ONCE = 1024  # images
 FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
 MOST_IMAGES = 512  # with masks, half of them the bank
-MOST_PATCHES = 64  # of an image
 STRUCTURE_IMAGES = 128  # that the DSE is measured on
 
 Reading = Callable[[Tokens, Tensor], Tensor]
@@ -148,8 +145,7 @@ class Probe:
         mean, std = per_channel(self.mean, device), per_channel(self.std, device)
         found = []
         for part in rows.view(share, ranks.world_size, size)[:, ranks.rank]:
-            images = self.images[part]
-            pixels = (images.to(device).float() / 255 - mean) / std
+            pixels = (self.images[part].to(device).float() / 255 - mean) / std
             with autocast(device, dtype):
                 found.append(what(backbone(pixels), part))
         gathered = ranks.gather_rows(torch.stack(found)).unflatten(0, (ranks.world_size, share))
@@ -178,7 +174,7 @@ def class_tokens_of_all(
     backbone  in eval mode; all `ranks` call together and get the same
     """
     tokens = torch.zeros(len(source), backbone.dim, device=device)
-    for part in torch.arange(len(source)).split(READ_AT_ONCE):
+    for part in torch.arange(len(source)).split(1024):  # images in memory
         pixels, readable = center_crops(source, part.tolist(), config.crops.global_size, config.model.in_channels)
         if readable:
             part_of_all = Probe(pixels, None, 0, config.augment.mean, config.augment.std)
@@ -344,7 +340,7 @@ def build_dense(config: Config, probe: Probe | None, patch_size: int) -> DensePr
     num_patches = (size // patch_size) ** 2
 
     def places(count: int) -> Tensor:
-        return torch.from_numpy(rng.random((count, num_patches)).argsort(axis=1)[:, :MOST_PATCHES].copy())
+        return torch.from_numpy(rng.random((count, num_patches)).argsort(axis=1)[:, :64].copy())  # at most
 
     if spec is None:
         if config.probe.metric == "dense_miou":

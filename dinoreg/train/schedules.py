@@ -11,8 +11,6 @@ from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamSched
 
 from dinoreg.config.schema import AdaptConfig, ScheduleConfig
 
-LOWEST_LR = 1e-6  # at the end of a run, as in DINOv2
-
 
 @dataclass(frozen=True)
 class Now:
@@ -48,9 +46,7 @@ def linear(start: float, end: float, step: int, steps: int) -> float:
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
     """Half a cosine from `start` at step 0 to `end` at step `steps`; `end` after it."""
-    if step >= steps:
-        return end
-    return CosineParamScheduler(start, end)(step / steps)
+    return end if step >= steps else CosineParamScheduler(start, end)(step / steps)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Schedules:
         if step < warmup:
             lr = linear(0.0, self.peak_lr, step, warmup)
         else:
-            final = min(LOWEST_LR, self.peak_lr) if options.final_lr is None else options.final_lr
+            final = min(1e-6, self.peak_lr) if options.final_lr is None else options.final_lr  # as in DINOv2
             lr = self.fall(self.peak_lr, final, step, warmup)
         frozen = step < round(options.freeze_last_layer * horizon)
         temp_steps = round(options.teacher_temp_warmup * horizon)

@@ -194,5 +194,4 @@ def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks
         for name, (prototypes, bottleneck) in widths.items():
             options = (prototypes, head.hidden_dim, bottleneck, head.layers, head.init_std)
             student[name] = PrototypeHead(backbone.dim, *options)
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    return student, teacher
+    return student, copy.deepcopy(student).requires_grad_(False).eval()

@@ -33,10 +33,6 @@ from dinoreg.train.parallelize import Modules, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
-# fp16 loss scaling, as in torch.amp: halve on overflow, double after this many finite steps.
-SCALE_GROWTH_STEPS = 2000
-SMALLEST_LOSS_SCALE = 1.0
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -104,10 +100,8 @@ def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -
     """
     sizes = [len(tokens) for tokens in cls_tokens]
     if "ibot_head" in networks:
-        cls_logits = networks["dino_head"](torch.cat(cls_tokens))
-        return (*cls_logits.split(sizes), networks["ibot_head"](patch_tokens))
-    logits = networks["dino_head"](torch.cat([*cls_tokens, patch_tokens]))
-    return logits.split([*sizes, len(patch_tokens)])
+        return (*networks["dino_head"](torch.cat(cls_tokens)).split(sizes), networks["ibot_head"](patch_tokens))
+    return networks["dino_head"](torch.cat([*cls_tokens, patch_tokens])).split([*sizes, len(patch_tokens)])
 
 
 @torch.no_grad()
@@ -280,8 +274,7 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, r
     with torch.enable_grad():
         value = weight * koleo_of_views(views.flatten(0, 1))
         (gradient,) = torch.autograd.grad(value, views)
-    own = ranks.rank % size
-    return value.detach(), size * gradient.unflatten(1, (size, -1))[:, own].flatten(0, 1)
+    return value.detach(), size * gradient.unflatten(1, (size, -1))[:, ranks.rank % size].flatten(0, 1)
 
 
 def held_to(state: TrainState, batch: Batch, loss: LossConfig, accumulate: int, gram: bool) -> Held:
@@ -432,8 +425,9 @@ def train_step(
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:
-    grown = state.scale_age + 1 >= SCALE_GROWTH_STEPS
+    """As torch.amp: halve on overflow, down to 1, double after 2000 finite steps."""
+    grown = state.scale_age + 1 >= 2000
     larger = torch.where(grown, state.loss_scale * 2.0, state.loss_scale)
-    smaller = (state.loss_scale * 0.5).clamp(min=SMALLEST_LOSS_SCALE)
+    smaller = (state.loss_scale * 0.5).clamp(min=1.0)
     state.loss_scale = torch.where(accepted.bool(), larger, smaller)
     state.scale_age = torch.where(accepted.bool() & ~grown, state.scale_age + 1, 0)

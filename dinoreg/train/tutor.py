@@ -58,9 +58,7 @@ class Tutor:
 
 
 def _resized(crops: Tensor, size: int) -> Tensor:
-    if crops.shape[-1] == size:
-        return crops
-    return F.interpolate(crops, (size, size), mode="bicubic", antialias=True)
+    return crops if crops.shape[-1] == size else F.interpolate(crops, (size, size), mode="bicubic", antialias=True)
 
 
 def as_cut(tutor: Tutor | None, crops: CropSettings, patch_size: int) -> tuple[CropSettings, int]:

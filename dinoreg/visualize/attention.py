@@ -31,8 +31,7 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
              computed: the entire matrix of a large picture would not fit into memory
     """
     special = 1 + model.num_registers
-    before = [layer - 1 for layer in layers if layer > 0]
-    tokens = model.intermediate_tokens(images, before, norm=False)
+    tokens = model.intermediate_tokens(images, [layer - 1 for layer in layers if layer > 0], norm=False)
     inputs = [torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in tokens]
     if 0 in layers:
         inputs.insert(0, model.embed(images))
@@ -72,8 +71,7 @@ def attention_budget(rows: Tensor) -> list[Budget]:
     rows     (B, heads, 1+R, T), each summing to one
     returns  a Budget for each of the 1 + R tokens
     """
-    special = rows.shape[2]
-    cls, registers, patches = rows.tensor_split([1, special], dim=-1)
+    cls, registers, patches = rows.tensor_split([1, rows.shape[2]], dim=-1)
     total = patches.sum(-1)
     spread = torch.special.entr(patches / total[..., None].clamp(min=1e-12)).sum(-1).exp()
     figures = torch.stack([cls[..., 0], registers.sum(-1), total, spread], dim=-1)  # (B, heads, 1+R, 4)
@@ -134,8 +132,7 @@ def view_attention(*, layer: str, head: str, **request: Any) -> Path:
     shown: list[tuple[str, list[Any]]] = []
     budgets = []
     for number, name in enumerate(gallery.pictures.names):
-        image = gallery.pictures.images[number : number + 1]
-        rows = attention_rows(model, image, layers)[:, 0, heads].cpu()
+        rows = attention_rows(model, gallery.pictures.images[number : number + 1], layers)[:, 0, heads].cpu()
         budgets.append([attention_budget(each[None]) for each in rows])
         maps = rows[..., len(names) :].unflatten(-1, gallery.grid).numpy()  # (L, heads, 1+R, h, w)
         stem = f"{number + 1:02d}-{safe_name(Path(name).stem, 40)}"

@@ -26,7 +26,6 @@ from dinoreg.visualize.gallery import INK, ModelGallery, colour_map, figure_imag
 TILE = 92  # pixels, the height of a map
 _BLOCKS_A_SHEET = 12
 GRID = "#80869040"  # a faint INK
-BINS = 80  # of the histograms
 
 
 class TokenNorms(NamedTuple):
@@ -113,14 +112,13 @@ def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
     returns  (L, k) float64, rows sum to one
     """
     inside = norms.flatten(1).clamp(edges[0], edges[-1])
-    counts = torch.stack([torch.histogram(row, edges).hist for row in inside])
-    return counts.double() / inside.shape[1]
+    return torch.stack([torch.histogram(row, edges).hist for row in inside]).double() / inside.shape[1]
 
 
 def histogram(norms: Tensor) -> dict[str, list[Any]]:
     """The shares of norms (L, ...) in bins of equal ratio, for each block, and the edges of the bins."""
     low, high = (max(float(each), 1e-6) for each in norms.aminmax())
-    edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), BINS + 1)
+    edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), 81)  # of 80 bins
     return {"edges": edges.tolist(), "shares": log_histogram(norms, edges).tolist()}
 
 

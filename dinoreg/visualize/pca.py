@@ -96,8 +96,7 @@ def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
 
 def foreground_mask(patches: Tensor, foreground: Foreground) -> Tensor:
     """(B, N) bool on the CPU of patches (B, N, D), True in the foreground."""
-    x = patches.detach().float().cpu()
-    return (x - foreground.mean) @ foreground.axis > foreground.threshold
+    return (patches.detach().float().cpu() - foreground.mean) @ foreground.axis > foreground.threshold
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
@@ -216,8 +215,7 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
     overview = gallery.picture("all", overview_sheet(gallery.pixels, painted), "all images above their patches")
     if file is not None and known is None:
         write_basis(file, colours, split, origin)
-    explained = explained_shares(patches[inside], colours)
-    record = {"layer": layers[0], "basis": origin, "explained": explained}
+    record = {"layer": layers[0], "basis": origin, "explained": explained_shares(patches[inside], colours)}
     share = float(inside.float().mean()) if foreground else None
     whole = int((inside.all(dim=1) | ~inside.any(dim=1)).sum()) if foreground else 0
     values = {"overview": overview, "pictures": parts, "share": share, "whole": whole, "known": known is not None}

@@ -141,8 +141,7 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path
         raise UserError(f"weights {path}: {stated.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
     ratio = hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
     # Rounding may have put the quotient a hair below the ratio that gives the width back.
-    above = math.nextafter(ratio, math.inf)
-    return next((r for r in (4.0, ratio) if hidden_dim_of(dim, ffn, r) == hidden), above)
+    return next((r for r in (4.0, ratio) if hidden_dim_of(dim, ffn, r) == hidden), math.nextafter(ratio, math.inf))
 
 
 def _register_neurons(depth: int, units: int, stated: Stated, path: str | Path) -> list[list[int]]:
@@ -244,7 +243,6 @@ _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_va
                   "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer",
                   "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_rescale_coords"}  # fmt: skip
 
-_TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
 
 
@@ -258,9 +256,7 @@ def library_of(folder: Path) -> str | None:
     if not path.is_file() or (folder / "config.yaml").is_file():
         return None
     config = read_json(path)
-    if "model_type" in config:
-        return "transformers"
-    return "timm" if "architecture" in config else None
+    return "transformers" if "model_type" in config else "timm" if "architecture" in config else None
 
 
 def read_config(folder: Path, library: str) -> Stated:
@@ -291,7 +287,7 @@ def timm_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
     size, how = config.get("input_size"), config.get("interpolation") or "bicubic"
     share: Any = config.get("crop_pct")
     sides = as_sides(size[1:]) if isinstance(size, list | tuple) else None
-    share = share if is_number(share) and 0 < share <= 1 else _TIMM_CROP_SHARE
+    share = share if is_number(share) and 0 < share <= 1 else 0.875  # timm's default
     stretched = config.get("crop_mode") not in (None, "center")
     return _found(
         CONFIG,

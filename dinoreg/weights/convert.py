@@ -23,7 +23,6 @@ from dinoreg.runtime.errors import UserError
 
 State = dict[str, Tensor]
 
-_CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 # Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
@@ -83,7 +82,7 @@ def from_meta(state: Mapping[str, Tensor]) -> State:
 
     raises  UserError when two keys mean the same tensor
     """
-    return unique((_CHUNKED.sub(r"blocks.\1.", key), value) for key, value in state.items())
+    return unique((re.sub(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.", key), value) for key, value in state.items())
 
 
 def to_meta(state: Mapping[str, Tensor]) -> State:

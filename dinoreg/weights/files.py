@@ -184,11 +184,6 @@ _FIRST_TENSORS = re.compile(
     rf"(|.+?\.)(?:(?:embeddings\.{_WRAPPED})?cls_token|patch_embed\.{_WRAPPED}proj\.weight"
     rf"|embeddings\.{_WRAPPED}patch_embeddings\.{_WRAPPED}(?:projection\.)?weight)"
 )
-_DEEPEST = 4  # of nested entries
-
-# Words in the name of a network, between dots and underscores.
-_AVERAGES = {"teacher", "ema", "swa", "averaged"}
-_STUDENTS = {"student", "online"}
 
 
 class Found(NamedTuple):
@@ -222,7 +217,8 @@ class _Network:
     @property
     def standing(self) -> tuple[bool, int]:
         words = set(re.split(r"[._]", self.where.lower()))
-        return self.whole, 2 if words & _AVERAGES else 0 if words & _STUDENTS else 1
+        rank = 2 if words & {"teacher", "ema", "swa", "averaged"} else 0 if words & {"student", "online"} else 1
+        return self.whole, rank
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name; UserError where two names become one, and for tensors that are not floating point."""
@@ -274,7 +270,7 @@ def _networks(content: Mapping[Any, Any], entries: tuple[str, ...] = ()) -> Iter
             found.setdefault(match[1], set()).add(key.endswith("cls_token"))
     for prefix, kinds in found.items():
         yield _Network(entries, content, prefix, len(kinds) == 2)
-    if len(entries) < _DEEPEST:
+    if len(entries) < 4:  # nested deeper, nobody keeps a network
         for key, value in content.items():
             if isinstance(key, str) and isinstance(value, Mapping):
                 yield from _networks(value, (*entries, key))

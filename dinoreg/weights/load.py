@@ -274,8 +274,7 @@ def resample_pos_embed(
     pos_embed  (1, 1 + gh * gw, D)   old = (gh, gw)
     returns    (1, 1 + h * w, D)     new = (h, w)
     """
-    moved = resample_positions(pos_embed[:, 1:], old, new, antialias, offset)
-    return torch.cat([pos_embed[:, :1], moved], dim=1)
+    return torch.cat([pos_embed[:, :1], resample_positions(pos_embed[:, 1:], old, new, antialias, offset)], dim=1)
 
 
 def channels(weight: Tensor, number: int, way: str) -> Tensor:

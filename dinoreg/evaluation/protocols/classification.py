@@ -105,7 +105,7 @@ def logistic(measured: Measurement) -> list[Row]:
         test_features = class_tokens(measured, fold.test.source, "test", pooled)
         given = {"seed": context.seed, "device": encoder.device, "validation": validation}
         paths.append(fit_classes(features, train, chosen, measured.task.metric, **given))
-        predicted[fold.rows] = paths[-1].model.predict(test_features).numpy()
+        predicted[fold.rows] = paths[-1].model.predict(test_features, test.answers).numpy()
     draw_mistakes(measured, test, predicted, "logistic")
     settings = {
         "C": per_fold([path.C.item() for path in paths]),

@@ -147,8 +147,9 @@ def score(
         found = classification.fit_classes(rows, train.chosen(index), options, **given)
         C, model, path = found.C.item(), found.model, found.scores
     means = class_means(rows, labels, train.num_classes, spread)
+    means[np.setdiff1d(np.arange(train.num_classes), train.answers)] = torch.nan
     return {
-        "logistic": model.predict(asked),
+        "logistic": model.predict(asked, train.answers),
         "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in asked.split(4096)]),
         "C": C,
         "path": path,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,9 +140,10 @@ class LogisticModel:
         weight, bias = (each.to(features.device, torch.float32) for each in (self.weight, self.bias))
         return F.linear(features.float(), weight, bias)
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Classes (n,) int64 on the features' device, of features (n, D)."""
-        return torch.cat([self.logits(rows).argmax(-1) for rows in features.split(ROWS)])
+    def predict(self, features: Tensor, answers: np.ndarray | slice = slice(None)) -> Tensor:
+        """Classes (n,) int64 on the features' device, of features (n, D); `answers` (m,) are those to choose from."""
+        classes = torch.arange(len(self.bias), device=features.device)[answers]
+        return torch.cat([classes[self.logits(rows)[:, answers].argmax(-1)] for rows in features.split(ROWS)])
 
     def chunks(self, rows: Rows, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
         """The rows (memory-mapped or not) in chunks: which they are, and their logits (m, K) float32 on the device."""

@@ -18,7 +18,6 @@ from dinoreg.evaluation.metrics.bootstrap import nanmean, top1
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem
 
-Judge = Callable[[LogisticModel], tuple[np.ndarray, np.ndarray]]
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-7  # of the mean loss, while C is chosen by accuracy and afterwards
 
 
@@ -51,7 +50,7 @@ class Path:
 def walk_path(
     problem: LogisticProblem,
     Cs: Iterable[float],
-    judge: Judge,
+    judge: Callable[[LogisticModel], tuple[np.ndarray, np.ndarray]],
     active: np.ndarray,
     patience: int | None,
     tolerance: float,
