@@ -57,7 +57,6 @@ class Peers:
         places = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
         self.all = [Peer(number, *place) for number, place in enumerate(places)]
         self.own = self.all[rank]
-        self.others = [peer for peer in self.all if peer != self.own]
 
     def close(self) -> None:
         """Close the port and end the answering thread."""
@@ -92,11 +91,12 @@ class Peers:
 
     def missing(self) -> list[tuple[Peer, str]]:
         """The processes that do not answer a health check properly in `ANSWER_SECONDS`, and their states in words."""
-        return [(peer, state) for peer, state in zip(self.others, self._check_others()) if state is not None]
+        return [(peer, state) for peer, state in self._check_others() if state is not None]
 
-    def _check_others(self, message: bytes = b"") -> list[str | None]:
+    def _check_others(self, message: bytes = b"") -> list[tuple[Peer, str | None]]:
+        others = [peer for peer in self.all if peer != self.own]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            return list(pool.map(_check, self.others, repeat(message)))
+            return list(zip(others, pool.map(_check, others, repeat(message))))
 
     def explain(self, step: int | None, timeout: float) -> str:
         """One line: which processes are lost, after which step, and what to do.
