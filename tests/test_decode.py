@@ -164,6 +164,19 @@ def test_many_band_tiff_gives_its_bands_in_either_planar_order() -> None:
             decode(file.getvalue(), in_channels=5)
 
 
+@pytest.mark.parametrize("kind", ["contig", "separate", "pages"])
+def test_three_bands_of_16_bits_are_three_channels_however_they_are_stored(kind: str) -> None:
+    bands, file = np.random.default_rng(0).integers(0, 65536, (10, 12, 3), dtype=np.uint16), io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        if kind == "pages":
+            for band in bands.transpose(2, 0, 1):
+                writer.write(band, photometric="minisblack", metadata=None)
+        else:
+            stored = bands if kind == "contig" else bands.transpose(2, 0, 1)
+            writer.write(np.ascontiguousarray(stored), photometric="minisblack", planarconfig=kind)
+    np.testing.assert_allclose(array(file.getvalue()), bands / 257.0, atol=1e-3)
+
+
 def test_one_channel_is_luma_whatever_the_format() -> None:
     expected = np.asarray(PHOTO.convert("L"))[..., None]
     assert close(array(encoded(kind="PNG"), in_channels=1), expected, 0.01)

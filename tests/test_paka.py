@@ -92,7 +92,7 @@ PLACES = AugmentSettings(**STILL, vflip=0.5, turn=0.6, mean=(0.0,), std=(1 / 255
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_a_place_is_the_pixel_of_the_other_crop_that_shows_the_same(kind: str, tmp_path: Path) -> None:
-    """The colour of a pixel says where it is; the JPEG is read at a half or a quarter of its size."""
+    """The colour of a pixel says where it is; the JPEG is read at a quarter of its size."""
     rows, columns = np.mgrid[:480, :600]
     for number in range(12):
         pixels = np.stack([columns * 0.4, rows * 0.5, np.full_like(rows, number)], axis=-1).astype(np.uint8)

@@ -99,10 +99,20 @@ def test_shards_lists_and_folders_at_a_url_hold_what_they_hold_on_a_disk(
     for number in range(12):
         (folder / "plain/sub").mkdir(parents=True, exist_ok=True)
         (folder / f"plain/sub/{number:02}.png").write_bytes(picture(number))
+        (folder / "v1.0").mkdir(exist_ok=True)
+        (folder / f"v1.0/{number:02}.png").write_bytes(picture(number))
     (folder / "plain/list.csv").write_text("path\n" + "".join(f"sub/{number:02}.png\n" for number in range(12)))
     put(folder, url)
     kept = tmp_path / "kept"
-    for spec in ("tars", "tars/train-{0000..0002}.tar", "tables", "tables/train-*.parquet", "plain", "plain/list.csv"):
+    for spec in (
+        "tars",
+        "tars/train-{0000..0002}.tar",
+        "tables",
+        "tables/train-*.parquet",
+        "plain",
+        "v1.0",
+        "plain/list.csv",
+    ):
         if store == "served" and "*" in spec:
             continue
         found = open_source(f"{url}/{spec}", index_dir=kept)

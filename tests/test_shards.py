@@ -162,6 +162,14 @@ def test_what_is_no_set_of_shards_is_said_in_a_line(tmp_path: Path, name: str, m
     assert "\n" not in str(caught.value)
 
 
+def test_brackets_in_the_folder_of_a_dataset_or_a_file_are_no_pattern(tmp_path: Path) -> None:
+    webdataset(tmp_path / "my[1]{2}")
+    assert contents(open_source(str(tmp_path / "my[1]{2}"))) == PICTURES
+    assert contents(open_source(str(tmp_path / "my[1]{2}/train-0001.tar"))) == PICTURES[4:8]
+    with pytest.raises(UserError, match=r"imagenet22k/n\[0-9\]\*\.tar is missing"):
+        open_source(f"imagenet22k:root={tmp_path}/my[1]{{2}}")
+
+
 def test_a_folder_of_pictures_beside_a_table_stays_a_folder_and_a_teaser_beside_shards_does_not(tmp_path: Path) -> None:
     (tmp_path / "teaser.png").write_bytes(picture(1))
     parquet(tmp_path / "labels.parquet", range(3))

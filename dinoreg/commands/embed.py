@@ -82,7 +82,7 @@ def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None
 def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """(labels of the images (n,), names of the classes) of a labelled folder or table with one class a picture."""
     with contextlib.suppress(UserError):  # it holds no classes, or is something else
-        found = read_labelled(str(options.data), columns=options.columns)
+        found = read_labelled(str(options.data), root=options.root, columns=options.columns)
         if found.labels.ndim == 1:
             known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
             return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
@@ -109,7 +109,7 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
     _check_out(out, options.overwrite)
     if out.suffix == ".parquet":
         import_pyarrow(out)
-    source = open_images(options.data, "data", options.columns)
+    source = open_images(options.data, "data", options.columns, options.root)
     encoder = open_model(options.weights if model is None else model, options.device, options.precision).encoder
     preprocessing = encoder.preprocessing.at(options.image_size)
     given, size = ValueRange.of(options.range), preprocessing.size

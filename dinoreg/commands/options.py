@@ -102,6 +102,7 @@ class EmbedOptions(Options, verb="embed"):
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, random:NAME")
     out: str = output(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
+    root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say", **VALUE_RANGE)
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
     image_size: int | None = option(None, "of the crop; none: the weights'", unit="pixel", low=1, high=MAX_SIDE)

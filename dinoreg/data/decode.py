@@ -223,7 +223,7 @@ class EncodedImage:
                 pages = getattr(image, "n_frames", 1)
                 if self.in_channels not in (1, 3):
                     return True
-                if image.mode.startswith("I;16") and len(bits) == 1:
+                if image.mode.startswith("I;16") and len(bits) == 1 and not pages == self.in_channels > 1:
                     return False
                 return max(bits) > 8 or (image.mode == "L" and pages == self.in_channels > 1)
         except BadImage:

@@ -5,6 +5,7 @@ import os
 import re
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, ScenesSo
 from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
 from dinoreg.data.tar_index import TarSource, index_tars, sidecars
 from dinoreg.data.value_range import ValueRange
-from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.places import ending_of, filesystem, is_url
 from dinoreg.runtime.printable import listed
 
@@ -264,10 +265,10 @@ def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLi
 
 
 def _weight(cell: str, where: str) -> float:
-    with reworded(f"{where}: the weight is {cell!r}, expected a number of at least 0", ValueError):
+    with suppress(ValueError):
         if 0 <= (weight := float(cell)) < math.inf:
             return weight
-        raise ValueError("out of range")
+    raise UserError(f"{where}: the weight is {cell!r}, expected a number of at least 0")
 
 
 def absolute(place: str | os.PathLike[str]) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
+from dinoreg.data.tables import LISTS, TABLES
 from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.places import ending_of, is_url, names_below, state
@@ -19,6 +20,7 @@ SHARDS = (".tar", ".parquet")
 MOST = 1_000_000  # files that a pattern may name
 _THREADS = 8  # files that are looked at together; the time goes into waiting
 _PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
+_NAMED = re.compile(r"\w+:\w+=")  # imagenet22k:root=FOLDER
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -63,12 +65,16 @@ def is_place(spec: str) -> bool:
 
 def has_pattern(spec: str) -> bool:
     """Whether a spec is a pattern, with `*`, `[…]`, `{…}` or in a path `?`, and no file of that very name."""
-    return _magic(spec).search(spec) is not None and (is_url(spec) or not os.path.exists(spec))
+    if _magic(spec).search(spec) is None or _NAMED.match(spec):
+        return False
+    return is_url(spec) or not os.path.exists(spec)
 
 
 def is_folder(spec: str) -> bool:
-    """Whether a path is a folder; a URL is taken for one that has no ending."""
-    return not has_pattern(spec) and (not ending_of(spec) if is_url(spec) else os.path.isdir(spec))
+    """Whether a path is a folder; a URL is taken for one where it does not end as files that are read do."""
+    files = (*SHARDS, *LISTS, *TABLES, *EXTENSIONS)
+    is_file = ending_of(spec) in files or _PACKED.search(spec) is not None
+    return not has_pattern(spec) and (not is_file if is_url(spec) else os.path.isdir(spec))
 
 
 def split_of_shard(name: str) -> str | None:

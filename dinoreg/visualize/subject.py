@@ -58,21 +58,21 @@ def view_folder(subject: Opened) -> Path:
 # Images
 
 
-def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "") -> Source:
+def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "", root: str | None = None) -> Source:
     """A source of images: a file, or what `open_source` opens, or several of these; UserError without an image.
 
-    key      option that messages name
-    columns  of tables, as for `open_source`
+    key            option that messages name
+    columns, root  of tables, as for `open_source`
     """
     if not isinstance(spec, str):
-        parts = [open_images(each, key, columns) for each in spec]
+        parts = [open_images(each, key, columns, root) for each in spec]
         if not parts:
             raise UserError(f"{key}=[]: expected at least one image, folder or list")
         return parts[0] if len(parts) == 1 else JoinedSource(parts)
     path = Path(os.path.expanduser(spec))
     if path.is_file() and path.suffix.lower() in EXTENSIONS:
         return PathSource(os.path.abspath(path.parent), PathBlock.of([path.name]))
-    return open_source(spec, columns=columns)
+    return open_source(spec, columns=columns, root=root)
 
 
 def is_file_list(spec: str | Sequence[str]) -> bool:
