@@ -86,8 +86,7 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
         "more": Verbatim(" ".join(more)),
         "reading": reading,
     }
-    for line in next_lines("inspected", {**values, "config": config_for(images)}, case):
-        print_status(line)
+    print_status(*next_lines("inspected", {**values, "config": config_for(images)}, case))
 
 
 def prepare(options: InspectOptions) -> Path:
