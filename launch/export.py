@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from dinoreg.commands.early import check_weights
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
 from dinoreg.runtime.errors import UserError
@@ -11,16 +10,20 @@ from dinoreg.runtime.errors import UserError
 def plan(request: Request) -> Plan:
     """One job that runs `dinoreg export`; UserError for what is wrong with the request."""
     from dinoreg.checkpoint.run_folder import run_of  # here, so that help does not wait for it
-    from dinoreg.weights.resolve import find_weights
 
     if request.source:
         raise UserError(f"launch export: {request.source}: expected key=value, as weights=RUN format=onnx out=FOLDER")
     command = ("export", *request.overrides)
     request.check(command)
     request.require_one_process("an export is made by one")
+    from dinoreg.weights.names import not_there, random_name
+    from dinoreg.weights.resolve import find_weights
+
     # An export's own folder has to be new, so its records lie with the run that it comes from.
-    check_weights(weights := str(request.value("weights")))
+    weights = str(request.value("weights"))
     file = find_weights(weights)
+    if file is None and random_name(weights) is None:
+        raise not_there(weights)
     run = run_of(file) if file is not None else None
     folder = run or Path("runs") / "export" / Path(str(request.value("out"))).name
     return Plan(folder, (Group("export", (command,)),))
