@@ -26,6 +26,9 @@ DAY = 86_400.0
         (Outlook(1_281_167, 2048, 125_000, 6.9 * DAY, "32 GPUs"), []),
         (Outlook(2560, 128, 1000), []),
         (Outlook(2559, 128, 1000), ["only 2,559 images in batches of 128"]),
+        (Outlook(2559, 128, 1000, own=True), []),
+        (Outlook(10_000, 1024, 1000), []),
+        (Outlook(2047, 1024, 1000, own=True), ["only 2,047 images in batches of 1,024"]),
         (Outlook(10, 64, 10), ["only 10 images in batches of 64 (so each several times in one)"]),
         (Outlook(1000, 10, 200_000), []),
         (Outlook(1000, 10, 200_100), ["2,000 passes over 1,000 images"]),
@@ -51,7 +54,12 @@ def test_the_steps_and_the_batch_that_are_advised_leave_no_doubt(images: int, ba
     found = {key: int(value) for key, value in re.findall(r"(steps|batch_size)=(\d+)", better)}
     fewer = found.get("batch_size", batch)
     seconds = found["steps"] * step_seconds * fewer / batch
-    assert Outlook(images, fewer, found["steps"], seconds).doubts() == []
+    few = images < 20 * fewer  # for which other weights are advised, and not a smaller batch
+    assert (
+        Outlook(images, fewer, found["steps"], seconds).doubts()
+        == [f"only {images:,} images in batches of {fewer:,}"] * few
+    )
+    assert 2 * fewer <= images
     assert seconds <= DAY
 
 

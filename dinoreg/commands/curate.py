@@ -113,8 +113,7 @@ def curate_command(options: CurateOptions) -> None:
     kept, images, copies, groups = (found.record[key] for key in ("kept", "images", "copies", "groups"))
     print(f"list: {found.list}, {kept:,} of {images:,} images; {copies:,} copies of {groups:,} pictures are left out")
     print(f"page: {found.page}")
-    for line in next_lines("curated", {"data": found.list, "root": found.root}):
-        print_status(line)
+    print_status(*next_lines("curated", {"data": found.list, "root": found.root}))
 
 
 def _clusters(values: np.ndarray, options: CurateOptions) -> np.ndarray:

@@ -115,8 +115,8 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
     given, size = ValueRange.of(options.range), preprocessing.size
     source.value_range = given or preprocessing.value_range
     whose = "the range of the weights," if given is None else "range"
-    for warning in survey(source, encoder.in_channels, whose=whose, key="range").warnings:
-        print_status(f"warning: {warning}")
+    found = survey(source, encoder.in_channels, whose=whose, key="range")
+    print_status(*(f"warning: {warning}" for warning in found.warnings))
     if options.image_size and options.image_size % encoder.patch_size:
         expected = multiples(options.image_size, encoder.patch_size)
         raise UserError(f"image_size={options.image_size}: expected {expected}")

@@ -50,8 +50,7 @@ def evaluate_command(names: str, request: Request) -> None:
     Console().print(console_table(read_records(folder)))
     for dataset, figure, model, said, other in paired_rows(paired):
         print_status(f"{dataset}, {figure}: {model} against {other}: {said}")
-    for line in problems.values():
-        print_status(f"not evaluated: {line}")
+    print_status(*(f"not evaluated: {line}" for line in problems.values()))
     if report is not None:
         print(f"report: {report}")
     if failed:
@@ -127,16 +126,12 @@ def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str
         if everything:
             lines.append(last)
             last = f"eval all: none of the {len(problems)} datasets can be read below root={request.options.root}"
-        for line in lines:
-            print_status(f"dinoreg: {line}")
+        print_status(*(f"dinoreg: {line}" for line in lines))
         raise UserError(last)
     if not plans:
         raise UserError(f"protocols={','.join(request.options.protocols or ())}: none of the datasets declares them")
-    for note in shadowed(split_names(names)):
-        print_status(note)
-    for plan in plans:
-        for warning in plan.warnings:
-            print_status(f"warning: {warning}")
+    print_status(*shadowed(split_names(names)))
+    print_status(*(f"warning: {warning}" for plan in plans for warning in plan.warnings))
     return plans, problems
 
 
@@ -151,8 +146,7 @@ def _look(encoder: Encoder, plans: Sequence[Planned], request: Request, problems
                 raise
             problems[plan.benchmark.name] = str(error)
         else:
-            for warning in ready[-1].warnings[len(plan.warnings) :]:
-                print_status(f"warning: {warning}")
+            print_status(*(f"warning: {warning}" for warning in ready[-1].warnings[len(plan.warnings) :]))
     return ready
 
 
@@ -177,9 +171,8 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     for plan in plans:
         try:
             result = measure(encoder, plan, request, folder)
-            for warning in result.facts["warnings"]:
-                if warning not in plan.warnings:  # which were said before
-                    print_status(f"warning: {warning}")
+            new = (warning for warning in result.facts["warnings"] if warning not in plan.warnings)
+            print_status(*(f"warning: {warning}" for warning in new))
             if result.dataset != (name := plan.benchmark.name):
                 kept = f"{name}.json holds another measurement (other data, weights or options) and stays"
                 print_status(f"{kept}; this one is {result.dataset}.json (overwrite=true replaces)")

@@ -65,7 +65,7 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
     reading  the keys that say how `data` is read
     side     of the pictures of a smaller copy that is to be made first
     """
-    from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
+    from dinoreg.train.outlook import batch_for  # which needs torch
 
     path = Path(data if isinstance(data, str) else data[0])
     more: list[str] = [reading] if reading else []
@@ -76,8 +76,8 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
         with suppress(UserError):  # no subfolders that are classes
             if len(read_labelled(data).class_names) > 1:
                 more.append(f"probe.data={shlex.quote(data)}")
-    if images < FEW_BATCHES * SMALL_BATCH:
-        more.append(f"batch_size={batch_for(images)}")
+    if (batch := batch_for(images)) < SMALL_BATCH:
+        more.append(f"batch_size={batch}")
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
     values = {
         "data": data,
@@ -86,8 +86,7 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
         "more": Verbatim(" ".join(more)),
         "reading": reading,
     }
-    for line in next_lines("inspected", {**values, "config": config_for(images)}, case):
-        print_status(line)
+    print_status(*next_lines("inspected", {**values, "config": config_for(images)}, case))
 
 
 def prepare(options: InspectOptions) -> Path:

@@ -17,8 +17,6 @@ from dinoreg.runtime.errors import UserError
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
 COLUMNS = "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
-SHARE: dict[str, Any] = {"above": 0, "high": 1, "expected": "a share of the peak in (0, 1]"}
-FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class ExportOptions(Options, verb="export"):
     """The weights that `dinoreg export` writes for another library, and their format."""
 
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
-    format: str = option(REQUIRED, FORMATS)
+    format: str = option(REQUIRED, "timm, transformers, meta (torch.hub), safetensors or onnx")
     out: str = output(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
     channels: list[int] | None = option(None, "those that it shall take, as 0,2,3; none: all", low=0)

@@ -221,8 +221,7 @@ def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
     parsed = VERBS[verb].parse(arguments)
     check_early(parsed)
     VERBS[verb].run(*parsed, **hooks)
-    for line in next_lines(verb, *_done(verb, arguments, parsed)):
-        print_status(line)
+    print_status(*next_lines(verb, *_done(verb, arguments, parsed)))
 
 
 def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dict[str, Any], str]:

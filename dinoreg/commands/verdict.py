@@ -88,8 +88,8 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
     request = _request(options, mine.encoder, data, (run / "eval" if mine.run else out) / "features")
     (plan,), _ = preflight([benchmark], request)
     looked = {role: look(encoder, plan, request) for role, encoder in encoders.items()}
-    for warning in (warnings := list(dict.fromkeys(line for plan in looked.values() for line in plan.warnings))):
-        print_status(f"warning: {warning}")
+    warnings = list(dict.fromkeys(line for plan in looked.values() for line in plan.warnings))
+    print_status(*(f"warning: {warning}" for warning in warnings))
     other = next(role for role in REFERENCES if role in encoders)
     results = {}
     for role, plan in looked.items():

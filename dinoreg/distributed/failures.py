@@ -71,8 +71,7 @@ class Peers:
         """
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
         message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
-        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            list(pool.map(_check, self._others(), repeat(message)))
+        self._check_others(message)
 
     def _serve(self) -> None:
         while True:
@@ -92,13 +91,12 @@ class Peers:
 
     def missing(self) -> list[tuple[Peer, str]]:
         """The processes that do not answer a health check properly in `ANSWER_SECONDS`, and their states in words."""
-        others = self._others()
-        with ThreadPoolExecutor(min(_MAX_CONNECTIONS, max(1, len(others)))) as pool:
-            answers = pool.map(_check, others)
-        return [(peer, state) for peer, state in zip(others, answers) if state is not None]
+        return [(peer, state) for peer, state in self._check_others() if state is not None]
 
-    def _others(self) -> list[Peer]:
-        return [peer for peer in self.all if peer != self.own]
+    def _check_others(self, message: bytes = b"") -> list[tuple[Peer, str | None]]:
+        others = [peer for peer in self.all if peer != self.own]
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            return list(zip(others, pool.map(_check, others, repeat(message))))
 
     def explain(self, step: int | None, timeout: float) -> str:
         """One line: which processes are lost, after which step, and what to do.

@@ -26,7 +26,6 @@ from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
 from dinoreg.train.probes import BATCH_SIZE as PROBE_BATCH
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
-ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FREE_SHARE", "LINK_SHARE")
 
 
 @dataclass(frozen=True)
@@ -228,8 +227,9 @@ class Plan:
 
     def _text(self) -> str:
         """The headline and the sections, with a blank line between."""
-        held = self.memory.moments[self.memory.peak]
-        most_gradients = max(parts.get("gradients", 0) for parts in self.memory.moments.values())
+        parts, moments = self.memory.moments[self.memory.peak], self.memory.moments.values()
+        most_gradients = max(each.get("gradients", 0) for each in moments)
+        held = {part: parts.get(part, 0) for part in PARTS if part in parts or (part == "gradients" and most_gradients)}
         kinds = {name: getattr(self.operations, name) for name in ("student", "teacher", "heads", "again", "tutor")}
         tutor = self.job.sizes.tutor
         text = render(
@@ -238,13 +238,11 @@ class Plan:
             shares=[f"{name} {count / 1e9:.4g}" for name, count in kinds.items() if count],
             tutor_parameters=sum(p.numel() for p in tutor.network.parameters()) if tutor else 0,
             prototypes=self.job.sizes.prototypes.values(),
-            held={
-                part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)
-            },
+            held=held,
             most_gradients=most_gradients,
             PROBE_BATCH=PROBE_BATCH,
             size=decimal,
-            **{name: getattr(devices, name) for name in ALLOWANCES},
+            devices=devices,
             **{each.__name__: each for each in (gib, about, moment, number, millions, rounded)},
         )
         return text.strip()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import logging
 import statistics
 import time
 import timeit
@@ -20,8 +19,6 @@ from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
 from dinoreg.train.parallelize import compile_blocks
 from dinoreg.train.state import TrainState, build_networks
 from dinoreg.train.tutor import load_tutor
-
-logger = logging.getLogger(__name__)
 
 # Share of a device's stated peak that a step's matrix products are assumed to run at, by the backbone's width.
 # Published runs of this method: 31 to 39 % (ViT-L and g on A100, executed operations), 19 % (ViT-L on H100).
@@ -118,7 +115,6 @@ def probe(job: Job, device: torch.device) -> Speed | None:
     try:
         return _measure(config, DTYPES[job.precision], device)
     except torch.OutOfMemoryError:
-        logger.warning("the probe ran out of memory")
         return None
     finally:
         gc.collect()

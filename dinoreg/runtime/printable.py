@@ -21,9 +21,10 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
-def print_status(line: str) -> None:
-    """Print a line to stderr, unbuffered; stdout is for results."""
-    print(printable(line), file=sys.stderr, flush=True)
+def print_status(*lines: str) -> None:
+    """Print lines to stderr, unbuffered; stdout is for results."""
+    for line in lines:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def shortened(text: object, width: int = 80) -> str:

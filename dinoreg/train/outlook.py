@@ -53,7 +53,8 @@ class Outlook:
     def doubts(self) -> list[str]:
         """What speaks against the run as it is, a clause each; [] for nothing."""
         found = [f"{about(self.seconds)} on {self.device}"] if self.seconds is not None and self.is_long else []
-        few = self.images < FEW_BATCHES * self.batch
+        enough = 2 * self.batch if self.own else max(2 * self.batch, min(FEW_BATCHES * self.batch, FEW_IMAGES))
+        few = self.images < enough
         again = " (so each several times in one)" if self.images < self.batch else ""
         batches = f" in batches of {self.batch:,}{again}" if few else ""
         if self.passes > MANY_PASSES:
@@ -66,9 +67,7 @@ class Outlook:
         """What to do instead, with the keys of the command; "" where there are no doubts."""
         if not self.doubts():
             return ""
-        found, batch = [], batch_for(self.images)
-        if self.images >= FEW_BATCHES * self.batch or batch >= self.batch:
-            batch = self.batch
+        found, batch = [], min(self.batch, batch_for(self.images))
         steps = [_PASSES * self.images / batch] if self.passes > MANY_PASSES else []
         if self.seconds is not None and self.is_long:
             steps.append(_SECONDS * self.steps / self.seconds * self.batch / batch)
@@ -90,8 +89,11 @@ class Outlook:
 
 
 def batch_for(images: int) -> int:
-    """The largest power of two of which so few images still make FEW_BATCHES, at least a batch that can train."""
-    return max(_BATCH, 2 ** int(math.log2(max(1, images / FEW_BATCHES))))
+    """The largest power of two of which so few images still make two batches, at least a batch that can train.
+
+    Smaller ones learn less from as many images seen: docs/results/small-runs.md, section 7.
+    """
+    return max(_BATCH, 2 ** int(math.log2(max(1, images / 2))))
 
 
 def rounded(value: float) -> str:
