@@ -50,6 +50,25 @@ def test_a_substitute_comes_from_the_same_group_and_depends_on_its_place_alone()
     assert drawn == [Sampler(sampler.groups, 3).substitute(2, 17, attempt) for attempt in range(60)]
 
 
-def test_more_sources_than_a_block_can_share_out_are_refused() -> None:
-    with pytest.raises(UserError, match="weighted sources"):
-        Sampler([Group(i, 1, 1.0) for i in range(2000)], 0)
+def test_the_only_image_of_a_weight_is_replaced_by_one_of_another() -> None:
+    mixed, alone = Sampler([Group(0, 1, 0.5), Group(1, 40, 0.5)], 3), Sampler([Group(0, 41, 1.0)], 3)
+    drawn = [mixed.substitute(0, 0, attempt) for attempt in range(200)]
+    assert set(drawn[:64]) == {0}
+    assert len(set(drawn[64:])) > 20
+    assert drawn[64:] == [alone.substitute(0, 0, attempt) for attempt in range(64, 200)]
+
+
+def test_ranks_in_a_block_count_the_draws_of_each_group() -> None:
+    order = Sampler([Group(0, 10, 0.7), Group(10, 5, 0.1), Group(15, 9, 0.2)], 1)._block_order(2)
+    seen = [0, 0, 0]
+    for group, rank in order.T.tolist():
+        assert rank == seen[group]
+        seen[group] += 1
+
+
+def test_eight_lists_of_all_weights_fit_and_more_are_counted_in_words() -> None:
+    sampler = Sampler([Group(i, 1, 1.0 + i % 512) for i in range(8 * 512)], 0)
+    order = sampler._block_order(0)
+    assert np.bincount(order[0], minlength=8 * 512).min() >= 1
+    with pytest.raises(UserError, match="5,000 different weights of sources and of the images"):
+        Sampler([Group(i, 1, 1.0) for i in range(5000)], 0)

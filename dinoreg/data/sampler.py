@@ -17,7 +17,8 @@ from dinoreg.runtime.errors import UserError
 
 _BLOCK = 4096  # positions in which a mixture's shares are exact, to one position a group
 _PER_GROUP = 256  # positions of a block for each of many groups, so that shares are within 1/256 of all draws
-_MOST_GROUPS = 1024
+_MOST_GROUPS = 4096
+_OF_ITS_GROUP = 64  # substitutes that are looked for in the group of a bad image, which may have no good one
 _EPOCH_STREAM, _BLOCK_STREAM, _SUBSTITUTE_STREAM = 0x65706F6368, 0x626C6F636B, 0x62  # names of uses of the seed
 
 
@@ -27,7 +28,8 @@ class Sampler:
     def __init__(self, groups: list[Group], seed: int) -> None:
         """groups  disjoint runs of indices, none empty; raises UserError for too many"""
         if len(groups) > _MOST_GROUPS:
-            raise UserError(f"data: {len(groups)} weighted sources, expected at most {_MOST_GROUPS}")
+            counted = f"{len(groups):,} different weights of sources and of the images in lists"
+            raise UserError(f"data: {counted}, expected at most {_MOST_GROUPS:,}")
         self.groups, self.seed, self.block = groups, seed, max(_BLOCK, _PER_GROUP * len(groups))
         self._starts = np.array([group.start for group in groups], dtype=np.int64)
         self._lengths = np.array([group.length for group in groups], dtype=np.int64)
@@ -56,11 +58,13 @@ class Sampler:
         return ids, epochs
 
     def substitute(self, epoch: int, sample_id: int, attempt: int) -> int:
-        """Another sample of the same group, to take the place of a bad one; attempts count from 0."""
+        """Another sample, to take the place of a bad one: of the same group, at last of all; attempts count from 0."""
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         high = (sample_id >> 32) | (_SUBSTITUTE_STREAM << 8)
         words = philox(self.seed, np.array([attempt, sample_id & 0xFFFFFFFF, high, epoch], dtype=np.uint64))
         word = (int(words[0]) << 32) | int(words[1])
+        if attempt >= _OF_ITS_GROUP:
+            return word % int(self._starts[-1] + self._lengths[-1])
         return int(self._starts[number]) + word % int(self._lengths[number])
 
     def _mix(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +84,7 @@ def _block_order(seed: int, quotas: np.ndarray, block: int) -> np.ndarray:
     group = np.repeat(np.arange(len(quotas)), quotas)
     group = _generator(seed, _BLOCK_STREAM, 0, block).permutation(group)
     rank = np.empty_like(group)
-    for number, quota in enumerate(quotas):
-        rank[group == number] = np.arange(quota)
+    rank[np.argsort(group, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
     return np.stack([group, rank])
 
 
