@@ -23,7 +23,7 @@ from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSett
 from dinoreg.data.decode import BadImage
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source, read_labelled
-from dinoreg.data.source import Source
+from dinoreg.data.source import JoinedSource, Source, WeightedSource
 from dinoreg.data.statistics import inspect_source
 from dinoreg.runtime.errors import UserError
 
@@ -142,6 +142,18 @@ def test_files_that_do_not_fit_are_bad_images_by_their_names(tmp_path: Path) -> 
     for name, words in (("rgb.tif", "expected one channel"), ("gone.tif", "No such file"), ("torn.tif", "")):
         with pytest.raises(BadImage, match=f"{name}: .*{words}"):
             listed(tmp_path, "a.tif", name).decode(0, 2)
+
+
+def test_files_of_a_channel_heed_the_limit_of_pixels_one_by_one_and_together(tmp_path: Path) -> None:
+    plain = scene(0)[0]
+    one, five = of_files(tmp_path, a=plain, b=plain), of_files(tmp_path, **dict.fromkeys("abcde", plain))
+    for source in (one, WeightedSource(one, np.ones(1)), JoinedSource([one])):
+        assert source.image(0, 2, max_pixels=1600).pixels().shape == (2, 40, 40)
+        with pytest.raises(BadImage, match=r"a\.tif: 40x40 pixels, more than the limit of 1599"):
+            source.image(0, 2, max_pixels=1599)
+    with pytest.raises(BadImage, match=r"a\.tif: 5 x 40x40 pixels, more than 3 x the limit of 1600"):
+        five.image(0, 5, max_pixels=1600)
+    assert five.image(0, 5, max_pixels=2700).pixels().shape == (5, 40, 40)
 
 
 def test_a_run_passes_over_pictures_that_lack_a_file_and_counts_them(tmp_path: Path) -> None:

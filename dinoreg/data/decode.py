@@ -15,7 +15,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -272,19 +272,21 @@ def decode(
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
-def read_bands(files: Iterable[tuple[str, bytes]]) -> RawPixels:
+def read_bands(files: Sequence[tuple[str, bytes]], max_pixels: int = MAX_PIXELS) -> RawPixels:
     """Files of one channel each as one picture, its channels in their order; colour of eight bits counts as grey.
 
     files   (name, content) of each
-    raises  BadImage, naming the file, for one that cannot be read or has several channels, and for one of another size
-            or type than the first
+    raises  BadImage, naming the file, for one that cannot be read, is too large or has several channels, for one of
+            another size or type than the first, and where all take more than a picture in colour may
     """
     bands, kinds = [], []
     for name, data in files:
         try:
             with alone_if_large(data):
-                band = EncodedImage(data, 1, min_side=1).upright()
+                band = EncodedImage(data, 1, max_pixels, min_side=1).upright()
             height, width, _ = band.values.shape
+            if len(files) * height * width > 3 * max_pixels:
+                raise BadImage(f"{len(files)} x {width}x{height} pixels, more than 3 x the limit of {max_pixels}")
             bands.append(band)
             kinds.append(f"{width}x{height} {band.values.dtype}{', 0 is white' * band.white_is_zero}")
             if kinds[-1] != kinds[0]:

@@ -63,9 +63,16 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def read(self, index: int) -> bytes | np.ndarray | RawPixels:
-        """A file's bytes, or pixels, (H, W, C) uint8 or raw. Raises BadImage when the file cannot be read."""
+        """A file's bytes, or pixels, (H, W, C) uint8 or raw. Raises BadImage when the file cannot be read.
+
+        Every kind of source defines this or `read_within`.
+        """
+        return self.read_within(index, MAX_PIXELS)
+
+    def read_within(self, index: int, max_pixels: int) -> bytes | np.ndarray | RawPixels:
+        """As `read`; BadImage also for more pixels, where they are decoded here already."""
+        return self.read(index)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -86,7 +93,7 @@ class Source(ABC):
 
         by_pillow  read as `pillow_rgb` does
         """
-        data = self.read(index)
+        data = self.read_within(index, max_pixels)
         if by_pillow and isinstance(data, bytes):
             data = np.asarray(pillow_rgb(data, max_pixels))
         return EncodedImage(data, in_channels, max_pixels, MIN_SIDE, self.value_range)
@@ -124,8 +131,8 @@ class PathSource(Source):
     def __len__(self) -> int:
         return len(self.paths) // self.bands
 
-    def read(self, index: int) -> bytes | RawPixels:
-        """The bytes of a file, or the pixels of several; BadImage when one cannot be read."""
+    def read_within(self, index: int, max_pixels: int) -> bytes | RawPixels:
+        """The bytes of a file, or the pixels of several; BadImage when one cannot be read or these have more pixels."""
         files: list[tuple[str, bytes]] = []
         for place in range(index * self.bands, (index + 1) * self.bands):
             try:
@@ -133,7 +140,7 @@ class PathSource(Source):
             except OSError as error:
                 reason = f"cannot be read: {error.strerror}"
                 raise BadImage(reason if self.bands == 1 else f"{self.paths[place]}: {reason}") from error
-        return files[0][1] if self.bands == 1 else read_bands(files)
+        return files[0][1] if self.bands == 1 else read_bands(files, max_pixels)
 
     def name(self, index: int) -> str:
         """The path of the picture's file, or of its first, below the root, with the root."""
@@ -218,10 +225,10 @@ class JoinedSource(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part], index - int(self._starts[part])
 
-    def read(self, index: int) -> bytes | np.ndarray | RawPixels:
+    def read_within(self, index: int, max_pixels: int) -> bytes | np.ndarray | RawPixels:
         """What the part reads; BadImage when it cannot."""
         part, local = self._locate(index)
-        return part.read(local)
+        return part.read_within(local, max_pixels)
 
     def name(self, index: int) -> str:
         """The name that the image has in its part."""
@@ -266,9 +273,9 @@ class ChosenSource(Source):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> bytes | np.ndarray | RawPixels:
+    def read_within(self, index: int, max_pixels: int) -> bytes | np.ndarray | RawPixels:
         """What the other source reads; BadImage when it cannot."""
-        return self.source.read(int(self.indices[index]))
+        return self.source.read_within(int(self.indices[index]), max_pixels)
 
     def name(self, index: int) -> str:
         """The name that the image has in the other source."""
