@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -393,6 +394,26 @@ def test_a_copy_is_refused_where_it_would_spoil_something(pictures: Path, tmp_pa
     with pytest.raises(UserError, match="masks"):
         prepare(InspectOptions(str(pictures), prepare=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_shards_is_not_copied_nor_offered_to_be(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoreg.data.statistics.LARGE", 1000)
+    assert main(["inspect", str(pictures)]) == 0
+    assert "prepare=" in "".join(capsys.readouterr())
+    shards = tmp_path / "a" / "b" / "shards"
+    shards.mkdir(parents=True)
+    with tarfile.open(shards / "0.tar", "w") as archive:
+        for name in ("../../../../evil.jpg", "good.jpg"):
+            archive.add(pictures / "cat" / "a.jpg", name)
+    target = tmp_path / "a" / "b" / "c" / "small"
+    assert main(["inspect", str(shards), f"prepare={target}", "side=30"]) == 2
+    assert "holds shards, expected a folder of files" in capsys.readouterr().err
+    assert not target.exists()
+    assert not list(tmp_path.rglob("evil.jpg"))
+    assert main(["inspect", str(shards)]) == 0
+    assert "prepare=" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.slow

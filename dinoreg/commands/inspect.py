@@ -12,7 +12,7 @@ from typing import Any
 from dinoreg.checkpoint.atomic import replacing, write_atomic
 from dinoreg.commands.options import InspectOptions
 from dinoreg.data.open import open_source, read_labelled
-from dinoreg.data.source import Source
+from dinoreg.data.source import PathSource
 from dinoreg.data.statistics import FEW_IMAGES, config_for, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
@@ -52,7 +52,7 @@ def inspect_command(options: InspectOptions) -> None:
     if len(found["bad"]) == found["looked_at"]:
         name, reason = next(iter(found["bad"].items()))
         raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
-    large = found["large"] > 0.1 * found["looked_at"]
+    large = found["large"] > 0.1 * found["looked_at"] and not found["shards"]
     keys = {"columns": "data.columns", "root": "data.root", "range": "data.range"}
     if options.in_channels != 3:
         keys["in_channels"] = "model.in_channels"
@@ -113,12 +113,14 @@ def prepare(options: InspectOptions) -> Path:
         if wrong:
             raise UserError(f"prepare={target}: {why}")
     source, bad = open_source(root), []
+    if not isinstance(source, PathSource):
+        raise UserError(f"prepare={target}: data={options.data} holds shards, expected a folder of files")
     target.mkdir(parents=True, exist_ok=True)
     write_atomic(target / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
     def write(index: int) -> None:
         try:
-            _write_smaller(source, index, target / os.path.relpath(source.name(index), root), options)
+            _write_smaller(source, index, target / source.paths[index], options)
         except BadImage as error:
             bad.append(f"{source.name(index)}: {error}")
 
@@ -128,7 +130,7 @@ def prepare(options: InspectOptions) -> Path:
     return target
 
 
-def _write_smaller(source: Source, index: int, path: Path, options: InspectOptions) -> None:
+def _write_smaller(source: PathSource, index: int, path: Path, options: InspectOptions) -> None:
     """One file of a prepared folder, unless it is there; a resized one is JPEG where it was, else PNG."""
     from dinoreg.evaluation.features.images import resized, shown
 

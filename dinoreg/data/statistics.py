@@ -158,6 +158,7 @@ def inspect_source(
         "source": str(spec),
         "fingerprint": source.fingerprint(),
         "images": len(source),
+        "shards": len(source.shards()),
         "looked_at": len(images),
         "formats": dict(collections.Counter(image["format"] for image in good).most_common()),
         "modes": dict(collections.Counter(image["mode"] for image in good).most_common()),
