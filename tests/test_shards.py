@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -14,14 +17,16 @@ import pytest
 from PIL import Image
 from training import loss_trace, stopped_after, tiny_config
 
-from dinoreg.data import parquet_source
+from dinoreg.data import parquet_source, tar_index
 from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.open import open_names, open_source, read_labelled
 from dinoreg.data.parquet_source import ParquetSource
 from dinoreg.data.sampler import Sampler
 from dinoreg.data.source import Group, Source, WeightedSource
-from dinoreg.data.tables import Table
+from dinoreg.data.tables import Table, inside
+from dinoreg.data.tar_index import index_tars, sidecars
 from dinoreg.data.value_range import BadImage
+from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from tests.test_tar_index import pack
@@ -201,6 +206,116 @@ def test_labels_lie_in_the_shards(tmp_path: Path) -> None:
     assert told(read_labelled(tmp_path / "hf")) == expected
     with pytest.raises(UserError, match=r"no column 'nothing'; its columns: .*caption"):
         read_labelled(tmp_path / "hf", columns="label:nothing")
+
+
+def fields_of(fields: dict[str, object]) -> dict[str, str | None]:
+    return tar_index._fields("a.json", json.dumps(fields).encode(), {})
+
+
+def test_what_is_not_asked_for_beside_pictures_is_not_kept(tmp_path: Path) -> None:
+    texts = ["null", "5", "[1, 2]", '["ab"]', "[" * 5000, '{"label": ' + "[" * 5000]
+    members: dict[str, bytes] = {}
+    for index in range(12):
+        kind = f"kind {index % 2}"
+        text = texts[index] if index < len(texts) else json.dumps({"label": kind, "caption": "x" * 99, "url": "y" * 99})
+        members |= {f"{index}.cls": kind.encode(), f"{index}.json": text.encode(), f"{index}.png": picture(index)}
+    pack(tmp_path / "a.tar", members)
+    found = index_tars(tmp_path, archives=["a.tar"])
+    assert told(read_labelled(tmp_path, columns="label:cls")) == [(f"kind {number % 2}", "") for number in range(12)]
+    table = sidecars(found, "x", {})
+    assert table.names == ("cls", "label", "caption", "url")
+    assert [sorted(row) for row in table.known] == [["cls"]] * 6 + [["cls", "label"]] * 6
+    assert [row.get("url") for row in sidecars(found, "x", {"label": ["URL"]}).known] == [None] * 6 + ["y" * 99] * 6
+    for fields in ({"breed": "a"}, {"breed": "a", "index": 3}, {"breed": "a", "split": "train"}):
+        assert fields_of(fields)["breed"] == "a"
+    assert fields_of({"breed": "a", "mood": "b"}) == {"breed": None, "mood": None}
+
+
+def test_row_groups_are_bounded_by_what_they_take_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = bytes(1 << 20)
+    table = pyarrow.table({"image": [large] * 60, "label": ["a" * (1 << 20)] * 60})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    source = open_source(str(tmp_path))
+    assert isinstance(source, ParquetSource)
+    assert source.size.max() < 2 << 20
+    monkeypatch.setattr(parquet_source, "HELD_BYTES", 20 << 20)
+    before, most = pyarrow.total_allocated_bytes(), []
+    few = ParquetSource._pictures_in
+
+    def watched(self: ParquetSource, batches: Iterable[Any], group: int) -> Any:
+        return few(self, (most.append(pyarrow.total_allocated_bytes()) or batch for batch in batches), group)
+
+    monkeypatch.setattr(ParquetSource, "_pictures_in", watched)
+    with pytest.raises(BadImage, match="unpacks to more than"):
+        source.read(0)
+    assert max(most) - before < 45 << 20
+    with pytest.raises(UserError, match=r"cells of 1,.* bytes, expected words"):
+        list(parquet_source.table_of(source, "x").cells("label"))
+    monkeypatch.setattr(parquet_source, "HELD_BYTES", 80 << 20)
+    assert open_source(str(tmp_path)).read(59) == large
+
+
+def test_row_groups_are_loaded_one_at_a_time_and_held_by_their_real_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [bytes([number]) * (1 << 16) for number in range(8) for _ in range(10)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "a.parquet", row_group_size=10)
+    source = open_source(str(tmp_path))
+    assert isinstance(source, ParquetSource)
+    monkeypatch.setattr(parquet_source, "HELD_BYTES", 2 << 20)
+    load, running, at_once = ParquetSource._load, [], []
+
+    def watched(self: ParquetSource, group: int) -> Any:
+        running.append(group)
+        at_once.append(len(running))
+        found = load(self, group)
+        running.remove(group)
+        return found
+
+    monkeypatch.setattr(ParquetSource, "_load", watched)
+    order = np.random.default_rng(0).permutation(80).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(source.read, order)] == [cells[index] for index in order]
+    assert max(at_once) == 1
+    source.read(0)
+    assert int(source.size.sum()) < 2 << 20  # by which all eight would be held
+    assert len(source._held) <= 3
+
+
+def test_deep_metadata_of_a_parquet_file_name_no_classes(tmp_path: Path) -> None:
+    cells = {"image": [picture(0), picture(1)], "label": ["a", "b"]}
+    table = pyarrow.table(cells).replace_schema_metadata({"huggingface": "[" * 100_000})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_labelled(tmp_path).class_names == ["a", "b"]
+
+
+def test_pictures_in_parquet_are_drawn_by_weight_and_come_from_one_column(tmp_path: Path) -> None:
+    cells = {"image": PICTURES[:3], "other": PICTURES[:3], "often": [1.0, 0.0, 3.0]}
+    pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "a.parquet")
+    for columns in ("path:image,weight:often", "path:image"):
+        if columns == "path:image":
+            table = pyarrow.table(cells).rename_columns(["image", "other", "sampling_weight"])
+            pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        source = open_source(str(tmp_path), columns=columns)
+        assert contents(source) == [PICTURES[0], PICTURES[2]]
+        assert source.groups() == [Group(0, 1, 0.25), Group(1, 1, 0.75)]
+    for columns, words in (("path:image,path:other", "one column"), ("path:image,weight:no", "no column 'no'")):
+        with pytest.raises(UserError, match=words):
+            open_source(str(tmp_path), columns=columns)
+    with pytest.raises(UserError, match="weight: is for training"):
+        own_benchmark(tmp_path / "a.parquet", {}, columns="label:x,weight:often")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["%2e%2e/secret.jpg", "a/%2E./b.jpg", "a%2f..%2fb.jpg", "a.jpg?x=1", "a.jpg#x", "simplecache::file:///b.jpg"],
+)
+def test_a_list_at_a_url_names_nothing_outside(entry: str) -> None:
+    root = "https://example.org/data"
+    for each in (entry, f"{root}/{entry}"):
+        with pytest.raises(UserError, match=r"leaves|expected the path of a file below"):
+            inside(root, each, "line 1", "root")
+    assert inside(root, f"{root}/a/b%20c.jpg", "line 1", "root") == "a/b%20c.jpg"
 
 
 def test_a_list_draws_by_its_weights_and_names_what_lies_in_shards(tmp_path: Path) -> None:

@@ -203,6 +203,46 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def extended(size: str, name: str = "b.png") -> bytes:
+    """A member with a pax header that says another size; its own is 0."""
+    record = f"{len(size) + len(' size=') + 3:02} size={size}\n".encode()
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    return header.tobuf() + record.ljust(512, b"\0") + tarfile.TarInfo(name).tobuf()
+
+
+def test_headers_that_lead_back_or_astray_are_a_damaged_archive(tmp_path: Path) -> None:
+    sparse = tarfile.TarInfo("sparse.png")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    cut = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    cut[482] = 1  # the map goes on in a block that is not there
+    cut[148:156] = b"%06o\0 " % (256 + sum(cut[:148]) + sum(cut[156:]))
+    plain = tarfile.TarInfo("a.png").tobuf()
+    negative = tarfile.TarInfo("a.png")
+    negative.size = -1024
+    for number, data in enumerate(
+        (
+            plain + extended("-1536"),
+            extended("-512") + plain,
+            plain + negative.tobuf(tarfile.GNU_FORMAT),
+            plain + bytes(cut),
+            plain + extended("99999999999999999999999"),
+            extended("0")[:1024] * 3000 + plain,
+        )
+    ):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(data + bytes(1024) * (number != 3))
+        with pytest.raises(UserError, match=r"is not a whole uncompressed tar archive") as caught:
+            module.members_of(str(path))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_walk_keeps_no_members(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {f"{number}.png": b"x" for number in range(9)})
+    names = [(member.name, len(archive.members)) for archive, member in module._walked(str(tmp_path / "a.tar"))]
+    assert names == [(f"{number}.png", 0) for number in range(9)]
+
+
 def test_no_archives_and_no_images_in_them_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder .+ cannot be read"):
         index_tars(tmp_path / "absent")

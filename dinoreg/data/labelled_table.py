@@ -25,14 +25,13 @@ from dinoreg.data.labelled import LabelledImages, alike, read_classes
 from dinoreg.data.shards import split_of_shard
 from dinoreg.data.source import Source
 from dinoreg.data.split_names import split_of
-from dinoreg.data.tables import SEVERAL, Columns, Table, inside, open_table
+from dinoreg.data.tables import INDEX, SEVERAL, Columns, Table, inside, open_table
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import listed
 
 INDICATORS = {"1": 1, "0": 0, "-1": -1, "": -1, "1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}
 _MISSING = frozenset(("", "nan", "<na>", "nat"))  # what tables hold where there is no value
 _DOUBTFUL = frozenset(("none", "null", "na", "n/a", "#n/a", "?", "-"))  # or here
-_INDEX = frozenset(("", "index", "unnamed: 0"))  # what pandas calls a column of row numbers
 
 Cells = list[tuple[str, str]]  # (where it stands, cell) of every row
 
@@ -157,7 +156,7 @@ def _label_columns(table: Table, columns: Columns, taken: list[str]) -> tuple[li
     """
     if "label" in columns:
         return [table.named(name) for name in columns["label"]], []
-    others = [name for name in table.names if name not in taken and name.strip().lower() not in _INDEX]
+    others = [name for name in table.names if name not in taken and name.strip().lower() not in INDEX]
     left = [f"the column {name!r} is left out" for name in table.names if name not in (*others, *taken)]
     label = table.column("label", columns)
     if label is not None:

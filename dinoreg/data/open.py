@@ -82,9 +82,22 @@ def _open(
     if not is_place(spec):
         check_source(spec)
         return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
-    if (found := _open_files(spec, columns, index_dir)) is not None:
-        return found
-    return _open_list(spec, root, columns, index_dir)
+    found = _open_files(spec, columns, index_dir)
+    if isinstance(found, ParquetSource):
+        return _by_weights(found, f"data: {spec}", columns)
+    return _open_list(spec, root, columns, index_dir) if found is None else found
+
+
+def _by_weights(source: ParquetSource, title: str, columns: Columns) -> Source:
+    """Pictures in parquet files as the column of weights beside them says, where there is one."""
+    table = table_of(source, title)
+    if "weight" not in columns and WEIGHT not in table.names:
+        return source
+    column = table.named(columns.get("weight", [WEIGHT])[0])
+    weights = [_weight(cell, f"{title} row {number}") for number, (cell,) in table.cells(column)]
+    if len(weights) != len(source):
+        raise UserError(f"{title}: {len(weights):,} weights for {len(source):,} pictures")
+    return WeightedSource(source, np.array(weights))
 
 
 def _open_files(spec: str, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source | None:
@@ -155,7 +168,7 @@ def read_labelled(
     if isinstance(found, ParquetSource):
         return read_labelled_shards(found, table_of(found, f"{path}:"), named)
     if isinstance(found, TarSource):
-        return read_labelled_shards(found, sidecars(found, f"{path}:"), named)
+        return read_labelled_shards(found, sidecars(found, f"{path}:", named), named)
     if found is not None:
         return read_labelled_folder(path, index_dir)
     base = None if root is None else os.path.expanduser(os.fspath(root))

@@ -2,6 +2,7 @@
 
 A picture is read with its whole row group, which is what parquet can find. As many row groups as HELD_BYTES are kept in
 memory, and `groups` tells the sampler to stay among half as many at a time, so that each is read about once an epoch.
+What a file says of its sizes is not believed: rows are read a few at a time, and counted as they are in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from dinoreg.runtime.places import joined
 from dinoreg.runtime.printable import listed
 
 HELD_BYTES = 1 << 30  # of row groups, unpacked
+_FEW_ROWS = 8  # read at once: a page of a megabyte may be a dictionary whose one picture many rows have
 _VERSION = 1
 _THREADS = 8  # files whose ends are read at once
 
@@ -44,7 +46,7 @@ class ParquetSource(Source):
     file    (g,) int64, the file of each row group
     number  (g,) int64, its number there
     start   (g,) int64, its first row, of all files
-    size    (g,) int64, the bytes that its pictures take
+    size    (g,) int64, the bytes that its pictures take, as the file says
     rows    of all files
     """
 
@@ -58,6 +60,10 @@ class ParquetSource(Source):
     rows: int
     _held: OrderedDict[int, Future[Any]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _loading: threading.Lock = field(default_factory=threading.Lock)  # as many threads as read could each load 1 GiB
+
+    def __post_init__(self) -> None:
+        self._taken = self.size.copy()  # the bytes of each group in memory, as far as it was read
 
     def __len__(self) -> int:
         return self.rows
@@ -104,11 +110,12 @@ class ParquetSource(Source):
             known = self._held.get(group)
             waited = self._held.setdefault(group, Future())
             self._held.move_to_end(group)
-            while len(self._held) > 1 and sum(int(self.size[each]) for each in self._held) > HELD_BYTES:
+            while len(self._held) > 1 and int(self._taken[[*self._held]].sum()) > HELD_BYTES:
                 self._held.popitem(last=False)
         if known is None:
             try:
-                waited.set_result(self._load(group))
+                with self._loading:
+                    waited.set_result(self._load(group))
             except BaseException as error:
                 waited.set_exception(error)
                 if not isinstance(error, BadImage):
@@ -120,10 +127,23 @@ class ParquetSource(Source):
         place, number = joined(self.root, self.files[int(self.file[group])]), int(self.number[group])
         try:
             with open_parquet(place, f"row group {number}") as file:
-                column = file.read_row_group(number, columns=[self.column]).column(0)
+                return self._pictures_in(file.iter_batches(_FEW_ROWS, [number], [self.column]), group)
         except UserError as error:
             raise BadImage(str(error)) from None
-        return column.combine_chunks().field("bytes") if column.type.num_fields else column
+
+    def _pictures_in(self, batches: Iterable[Any], group: int) -> Any:
+        """The pictures of batches of rows as one column; BadImage where they are too large to be held."""
+        import pyarrow
+
+        parts, taken = [], 0
+        for batch in batches:
+            column = batch.column(0)
+            parts.append(column.field("bytes") if column.type.num_fields else column)
+            taken += parts[-1].nbytes
+            if taken > HELD_BYTES:
+                raise BadImage(f"its row group unpacks to more than the {HELD_BYTES} bytes that are held")
+        self._taken[group] = max(taken, int(self.size[group]))
+        return pyarrow.chunked_array(parts, parts[0].type) if parts else parts
 
 
 def holds_pictures(shards: Shards, columns: Columns) -> bool:
@@ -177,6 +197,8 @@ def _column_of_pictures(place: str, columns: Columns) -> tuple[str | None, list[
         schema = file.schema_arrow
     found = {each.name: name for each in schema if (name := _bytes_of(each)) is not None}
     if "path" in columns:
+        if len(columns["path"]) > 1 and any(name in found for name in columns["path"]):
+            raise UserError(f"{place}: columns names {listed(columns['path'])}, expected one column of pictures' bytes")
         return found.get(columns["path"][0]), schema.names
     usual = [name for name in found if name in ("image", "img", "jpg")] or list(found)
     if len(usual) > 1:
@@ -197,7 +219,7 @@ def _bytes_of(column: Any) -> str | None:
 
 def _classes(schema: Any) -> dict[str, list[str]]:
     """{column: names of its classes} that Hugging Face's datasets state in a schema."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: list(map(str, about["names"])) for name, about in features.items() if "names" in about}
     return {}

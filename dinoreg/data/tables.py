@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
@@ -36,7 +37,10 @@ _USUAL = {
     "label": re.compile(r"(class|category|target|label|cls)(es|s|name|label|id|idx|index)?|categories|y"),
     "split": re.compile(r"(data)?(set|split|subset|partition|phase|usage|fold|mode)(name)?"),
 }
+INDEX = frozenset(("", "index", "unnamed: 0"))  # what pandas calls a column of row numbers
 _UNUSUAL = re.compile(r"[\\\0]|//|(?:^|/)\.{0,2}(?:/|$)")  # in a path: what may lead elsewhere, or be written otherwise
+_OF_A_URL = re.compile(r"[?#]|::")  # what begins something else there
+_MOST_OF_CELLS = 1 << 24  # bytes of the cells that are read together
 _DELIMITERS = ",;\t"
 _NAMES = {"\t": "a tab", ";": "';'", ",": "','"}
 _LABELLED_LINE = re.compile(rf"(.*\.(?:{'|'.join(ending[1:] for ending in EXTENSIONS)}))[\s,;]+(\S+)", re.IGNORECASE)
@@ -136,7 +140,10 @@ class Table:
     def _parquet_rows(self, names: Sequence[str]) -> Iterator[list[str]]:
         for file in self.files or (self.file,):
             with open_parquet(file, self.title) as table:
-                for batch in table.iter_batches(columns=list(dict.fromkeys(names))):
+                # Few at once: a page of a kilobyte may say a cell of a megabyte a thousand times.
+                for batch in table.iter_batches(64, columns=list(dict.fromkeys(names))):
+                    if batch.nbytes > _MOST_OF_CELLS:
+                        raise UserError(f"{file}: cells of {batch.nbytes // batch.num_rows:,} bytes, expected words")
                     cells = {name: batch.column(name).to_pylist() for name in names}
                     for row in range(batch.num_rows):
                         yield [self._cell(name, cells[name][row]) if name in cells else "" for name in self.names]
@@ -176,6 +183,17 @@ def open_table(file: str | os.PathLike[str], title: str, root: str) -> Table:
     return Table(file, title, roles, "line", delimiter, skipped, tuple(notes))
 
 
+def may_tell(name: str, columns: Columns) -> bool:
+    """Whether a column may be one of labels or splits: by its name among `columns`, or else a usual one."""
+    name = name.strip().lower()
+    return any(
+        name in [each.strip().lower() for each in columns[role]]
+        if role in columns
+        else _USUAL[role].fullmatch(re.sub(r"[^a-z]", "", name))
+        for role in ("label", "split")
+    )
+
+
 def column_names(text: str, key: str) -> dict[str, list[str]]:
     """The columns that an option names: "path:a,label:b,label:c" is {"path": ["a"], "label": ["b", "c"]}.
 
@@ -200,7 +218,9 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
     if not entry:
         raise UserError(f"{where}: the path is empty")
     below = entry.removeprefix(joined(root, "")) if is_url(root) else entry
-    if _UNUSUAL.search(below) is None:
+    if is_url(root) and _OF_A_URL.search(below):
+        raise UserError(f"{where}: {entry!r} has ?, # or ::, expected the path of a file below {root}")
+    if _UNUSUAL.search(unquote(below) if is_url(root) else below) is None:
         return below
     if is_url(root) or is_url(entry):
         raise UserError(f"{where}: {entry!r} leaves {root}; allow it with {option}=URL")

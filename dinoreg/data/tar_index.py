@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, kept_index
 from dinoreg.data.shards import states_of
 from dinoreg.data.source import Source, stamp_of_files
-from dinoreg.data.tables import Table, text_of
+from dinoreg.data.tables import INDEX, Columns, Table, may_tell, text_of
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.places import is_url, joined, opened, read_range
@@ -149,28 +149,48 @@ def _archives(root: str) -> list[str]:
     return names
 
 
-def sidecars(source: TarSource, title: str) -> Table:
+def sidecars(source: TarSource, title: str, columns: Columns) -> Table:
     """What lies beside each picture of WebDataset's shards, KEY.cls and the fields of KEY.json; no JSON says nothing.
 
     A key is the picture's name without its ending or, as WebDataset has it, without all behind the name's first dot.
+    Of fields that cannot be labels or splits the names are kept, not the values: captions may take gigabytes.
+
+    columns  the names of those of labels and splits, where they are not usual ones
     """
     rows: list[dict[str, str]] = []
+    names: dict[str, str] = {}  # one object for each
     for number, name in enumerate(source.archives):
-        with opened(joined(source.root, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            labels = (each for each in archive if each.isreg() and each.name.endswith((".cls", ".json")))
-            texts = {each.name: archive.extractfile(each).read(_MOST_OF_LABELS) for each in labels}  # type: ignore
+        told = {}
+        for archive, member in _walked(joined(source.root, name)):
+            if member.name.endswith((".cls", ".json")):
+                text = archive.extractfile(member).read(_MOST_OF_LABELS)  # type: ignore[union-attr]
+                told[member.name] = _fields(member.name, text, columns)
         for index in np.flatnonzero(source.archive == number).tolist():
             stem = os.path.splitext(source.names[index])[0]
             folder, slash, leaf = stem.rpartition("/")
             rows.append({})
             for key in (folder + slash + leaf.partition(".")[0], stem):
-                with suppress(ValueError, RecursionError):
-                    fields = dict(json.loads(texts.get(f"{key}.json", b"{}")))
-                    rows[-1] |= {field: text_of(value) for field, value in fields.items()}
-                if label := texts.get(f"{key}.cls"):
-                    rows[-1]["cls"] = label.decode("utf-8", "replace").strip()
-    names = dict.fromkeys(name for row in rows for name in row)
+                for field, value in (told.get(f"{key}.json", {}) | told.get(f"{key}.cls", {})).items():
+                    field = names.setdefault(field, field)
+                    if value is not None:
+                        rows[-1][field] = value
     return Table(title, title, tuple(names), "image", files=tuple(source.archives), known=rows)
+
+
+def _fields(name: str, text: bytes, columns: Columns) -> dict[str, str | None]:
+    """The fields of a sidecar, with None for a value that is not asked for; none where it is no JSON object.
+
+    A field with another name than usual may be the label where it is the only one.
+    """
+    if name.endswith(".cls"):
+        return {"cls": text.decode("utf-8", "replace").strip()} if text else {}
+    with suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            others = [each for each in found if not may_tell(each, columns) and each.strip().lower() not in INDEX]
+            left = others if len(others) > 1 or "label" in columns else ()
+            return {field: None if field in left else text_of(value) for field, value in found.items()}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,19 +254,35 @@ def is_image(name: str) -> bool:
 def members_of(path: str) -> list[tuple[str, int, int]]:
     """(name, start, end) of every regular member of an archive, by walking the headers; UserError for a damaged one."""
     found = []
-    damaged = tarfile.TarError, OSError, EOFError, ValueError, OverflowError
+    for _, member in _walked(path):
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        found.append((member.name, member.offset_data - BLOCK, end))
+    return found
+
+
+class _Member(tarfile.TarInfo):
+    """A member of at least 0 bytes: by a negative size Python before 3.11.14 walks back, for ever (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError(f"a member of {count} bytes")
+        return -(-count // BLOCK) * BLOCK
+
+
+def _walked(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Every regular member with the open archive, which keeps none of them; UserError as `members_of`."""
+    damaged = tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError
     whole = reworded(f"data: {path} is not a whole uncompressed tar archive", *damaged)
-    with whole, opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
+    with whole, opened(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
             if member.isreg() and not member.issparse():
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                found.append((member.name, member.offset_data - BLOCK, end))
+                yield archive, member
         # tarfile takes a broken header for the end of the archive; a whole one ends in zeros, or at once.
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(BLOCK).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    return found
 
 
 def _unpack(data: bytes) -> bytes:

@@ -23,6 +23,7 @@ from dinoreg.data.copies import MOST_COMPARED, Copies, find_copies
 from dinoreg.data.labelled import LabelledImages, passed_over_in_words
 from dinoreg.data.open import absolute, read_labelled
 from dinoreg.data.source import ChosenSource
+from dinoreg.data.tables import column_names
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.maps import depths, segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
@@ -78,6 +79,8 @@ def own_benchmark(place: str | Path, options: Mapping[str, Any], columns: str = 
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
         return _of_pairs(blank, path, kinds, values)
+    if "weight" in column_names(columns, "columns"):
+        raise UserError(f"columns={columns}: an evaluation counts every image once, weight: is for training")
     table = read_labelled(place, root=values["root"] or None, columns=columns)
     folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
     if folds > 1 and "test_share" in options:
