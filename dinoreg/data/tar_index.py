@@ -253,11 +253,10 @@ def is_image(name: str) -> bool:
 
 def members_of(path: str) -> list[tuple[str, int, int]]:
     """(name, start, end) of every regular member of an archive, by walking the headers; UserError for a damaged one."""
-    found = []
-    for _, member in _walked(path):
-        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        found.append((member.name, member.offset_data - BLOCK, end))
-    return found
+    return [
+        (member.name, member.offset_data - BLOCK, member.offset_data + -(-member.size // BLOCK) * BLOCK)
+        for _, member in _walked(path)
+    ]
 
 
 class _Member(tarfile.TarInfo):
