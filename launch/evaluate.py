@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoreg.commands.early import check_weights
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.records import launch_folder
@@ -32,6 +31,7 @@ def plan(request: Request) -> Plan:
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.checkpoint.steps import PROBED
     from dinoreg.evaluation.request import read_request
+    from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
@@ -41,8 +41,9 @@ def plan(request: Request) -> Plan:
     request.require_one_process("a dataset is evaluated by one")
     chosen, notes = datasets(request.source, evaluation)
 
-    check_weights(weights)
     file = find_weights(weights)
+    if file is None and random_name(weights) is None and not weights.startswith("timm:"):
+        raise not_there(weights)
     run = run_of(file) if file is not None else None
     links: dict[Path, Path] = {}
     files: dict[Path, str] = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ from dinoreg.commands.main import main
 from dinoreg.data.open import open_source
 from dinoreg.data.sampler import Sampler
 from dinoreg.export.feature_file import RowFile
+from dinoreg.runtime import places
 
 KINDS, EACH, RARE, COPIES, DIM = 4, 60, 6, 9, 24
 
@@ -106,6 +109,10 @@ def test_a_hundred_thousand_rows_make_a_page_that_can_be_read(tmp_path: Path) ->
         (["features=other.safetensors"], "is no whole file of features"),
         (["features=patches.parquet"], "expected one of an image"),
         (["features=scenes.parquet"], "cannot be listed"),
+        (["features=nan.parquet"], "expected finite numbers, and a name for each of the 2 rows"),
+        (["features=huge.parquet"], "expected finite numbers"),
+        (["features=nameless.parquet"], "a name for each of the 2 rows"),
+        (["features=two.parquet", "root=other"], "the images lie below /"),
         (["features=two.parquet", "clusters=9"], "clusters=9: more than the 2 images"),
     ],
 )
@@ -121,7 +128,31 @@ def test_what_cannot_be_curated_is_said_before_anything_is_written(
     save_file({"x": np.zeros(3, np.float32)}, "other.safetensors")
     features(tmp_path / "patches.parquet", np.ones((2, 3, 4), np.float32), ["/a", "/b"])
     features(tmp_path / "scenes.parquet", np.ones((2, 4), np.float32), ["scenes:1", "scenes:2"])
+    features(tmp_path / "nan.parquet", np.full((2, 4), np.nan, np.float32), ["/a.png", "/b.png"])
+    features(tmp_path / "huge.parquet", np.full((2, 4), 3e38, np.float32), ["/a.png", "/b.png"])
+    features(tmp_path / "nameless.parquet", np.eye(2, 4, dtype=np.float32), ["/a.png", ""])
     features(tmp_path / "two.parquet", np.eye(2, 4, dtype=np.float32), ["/a.png", "/b.png"])
     assert main(["curate", *arguments, "out=out"]) == 2
     assert words in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_images_at_a_url_are_only_asked_for_where_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = fsspec.filesystem("memory")
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(buffer, "PNG")
+    names = [f"memory://curated/{number}.png" for number in range(4)]
+    for name in names:
+        store.pipe(name, buffer.getvalue())
+    file = features(tmp_path / "f.parquet", np.eye(4, 8, dtype=np.float32), names)
+    with monkeypatch.context() as patched:
+        patched.setattr(places, "filesystem", lambda url: pytest.fail(f"{url} was asked for"))
+        assert main(["curate", f"features={file}", f"out={tmp_path}/out"]) == 0
+    assert "root=memory://curated" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))
+    assert main(["curate", f"features={file}", f"out={tmp_path}/shown", "root=memory://curated"]) == 0
+    assert list((tmp_path / "shown").rglob("*.png"))
+    assert len(open_source(tmp_path / "out/curated.csv", root="memory://curated")) == 4
+    store.rm("/curated", recursive=True)

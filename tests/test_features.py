@@ -101,10 +101,11 @@ def test_what_shapes_the_numbers_is_in_the_key(folder: Path, tmp_path: Path) -> 
     assert files(encoder, source, CROP) == 6
 
 
+@pytest.mark.parametrize(("limit", "value", "kept"), [("FLUSH_BYTES", 3 * 4 * 64, 4), ("SAVE_SECONDS", -1.0, 6)])
 def test_an_extraction_that_was_stopped_goes_on_where_it_was(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, value: float, kept: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_BYTES", 3 * 4 * 64)
+    monkeypatch.setattr(f"dinoreg.evaluation.features.cache.{limit}", value)
     source = open_source(str(folder))
     place = where(tmp_path, batch_size=2)
     stopped = Counting(stop_at=7)
@@ -112,7 +113,7 @@ def test_an_extraction_that_was_stopped_goes_on_where_it_was(
         extract_features(place, stopped.encoder, source, CROP)
     resumed = Counting()
     found = extract_features(place, resumed.encoder, source, CROP)
-    assert resumed.seen == 11 - 4  # 6 rows were there, of which 4 had been noted
+    assert resumed.seen == 11 - kept  # 6 rows were there, of which so many had been noted
     whole = extract_features(where(tmp_path / "other", batch_size=2), small_encoder(), source, CROP)
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import describe
-from dinoreg.plan.memory import operations_of
+from dinoreg.plan.memory import Operations, operations_of
 from dinoreg.plan.step import random_batch
 from dinoreg.plan.trace import trace_job
 from dinoreg.train.schedules import Now
@@ -45,6 +45,16 @@ def test_pytorch_counts_the_same_in_a_whole_training_step(overrides: dict[str, A
     assert len(batch.mask_indices) == job.masked_patches(4)
     expected = 4 * operations_of(job).total + job.koleo_operations()
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+def test_masks_of_one_size_in_all_parts_of_a_batch_are_planned() -> None:
+    masks = {"crops.global_size": 48, "mask.probability": 0.9, "mask.ratio": [0.1, 0.1], "batch_size": 8}
+    job = describe(tiny_config(**masks, **{"optim.accumulate": 4}), 1, 1, find_device("h100"))
+    usual = job.masked_patches(job.micro_batch_size)
+    step = trace_job(job, 2, (usual,) * 4).operations
+    found = operations_of(job)
+    for kind in Operations.__dataclass_fields__:
+        assert 8 * getattr(found, kind) == pytest.approx(step.get(kind, 0), rel=1e-9)
 
 
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])

@@ -46,7 +46,7 @@ def test_a_run_is_doubted_by_its_time_its_passes_and_its_batch(run: Outlook, dou
 
 
 @pytest.mark.parametrize("images", [544, 3000, 50_000])
-@pytest.mark.parametrize("batch", [16, 128, 1024])
+@pytest.mark.parametrize("batch", [16, 128, 192, 1024])
 @pytest.mark.parametrize("step_seconds", [0.1, 4.0])
 def test_the_steps_and_the_batch_that_are_advised_leave_no_doubt(images: int, batch: int, step_seconds: float) -> None:
     steps = 8_000_000

@@ -382,10 +382,11 @@ class TestBadInput:
             evaluate(Measurement(vit, Data({"train": data.splits["train"]}), TASK, options(), context(tmp_path)))
 
     def test_a_mask_of_another_size(self, data: Data, vit: Encoder, tmp_path: Path) -> None:
-        test = replace(data.splits["test"], mask=lambda index: np.zeros((3, 4), dtype=np.uint8))
-        wrong = replace(data, splits={**data.splits, "test": test})
-        with pytest.raises(UserError, match="test:0: its mask is 3 x 4 pixels, the image 20 x 26"):
-            evaluate(Measurement(vit, wrong, TASK, options(), context(tmp_path)))
+        for shape, said in (((3, 4), "3 x 4"), ((20, 26, 1), "20 x 26 x 1")):
+            test = replace(data.splits["test"], mask=lambda _, shape=shape: np.zeros(shape, dtype=np.uint8))
+            wrong = replace(data, splits={**data.splits, "test": test})
+            with pytest.raises(UserError, match=f"test:0: its mask is {said} pixels, the image 20 x 26"):
+                evaluate(Measurement(vit, wrong, TASK, options(), context(tmp_path)))
 
     def test_a_class_out_of_range(self, data: Data, vit: Encoder, tmp_path: Path) -> None:
         train = replace(data.splits["train"], num_classes=1)

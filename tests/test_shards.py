@@ -156,6 +156,7 @@ def test_rows_without_a_picture_and_damaged_row_groups_are_bad_images(tmp_path: 
         ("shards-{0..3}.tar", r"shards-0\.tar.*cannot be read"),
         ("*.webp2", "matches no file"),
         ("{0..9999999}.tar", "names 10,000,000 files"),
+        ("{0..9999}{0..9999}{a,b}.tar", "names 200,000,000 files|names 20,000 files"),
         ("x.*", "several kinds"),
     ],
 )
@@ -332,7 +333,7 @@ def test_a_list_draws_by_its_weights_and_names_what_lies_in_shards(tmp_path: Pat
         assert contents(drawn) == [PICTURES[3], PICTURES[0]]
         assert drawn.groups() == [Group(0, 1, 0.25), Group(1, 1, 0.75)]
         assert Sampler(drawn.groups(), 0).at(np.arange(4096))[0].mean() == pytest.approx(0.75, abs=1e-3)
-    for cell in ("x", "-1", "nan", "inf"):
+    for cell in ("x", "-1", "nan", "inf", "1e308", "1e-300"):
         (tmp_path / "list.csv").write_text(f"path,sampling_weight\na.jpg,{cell}\n")
         with pytest.raises(UserError, match=f"line 2: the weight is '{cell}'"):
             open_source(tmp_path / "list.csv")
@@ -390,3 +391,51 @@ def test_a_run_on_shards_stopped_anywhere_goes_on_bit_for_bit_and_lists_its_bad_
     assert skipped == (whole / "skipped.jsonl").read_text() != ""
     assert "tables/2.parquet:1" in skipped
     assert "tables/2.parquet:2" in skipped
+
+
+def test_a_list_may_name_files_and_what_lies_in_shards_of_both_kinds(tmp_path: Path) -> None:
+    webdataset(tmp_path / "tars")
+    parquet(tmp_path / "tables/a.parquet", range(12))
+    (tmp_path / "7.png").write_bytes(picture(7))
+    lines = {"7.png": 7, "tars/train-0002.tar:deep/010.png": 10, "tables/a.parquet:3": 3, "tables/a.parquet:0": 0}
+    for order in (list(lines), list(lines)[::-1]):
+        (tmp_path / "list.txt").write_text("\n".join(order))
+        found = open_source(tmp_path / "list.txt")
+        assert contents(found) == [PICTURES[lines[each]] for each in order]
+        assert [found.name(index) for index in range(4)] == [f"{tmp_path}/{each}" for each in order]
+
+
+@pytest.mark.parametrize(
+    ("names", "root"),
+    [
+        (["/a/p/1.png", "/a/q/2.png"], "/a"),
+        (["/a/1.png", "/b/2.png"], "/"),
+        (["file:///a/p/1.png", "file:///a/q/2.png"], "file:///a"),
+        (["s3://a/p/1.png", "s3://a/q.tar:2.png"], "s3://a"),
+        (["simplecache::https://a/p/1.png", "simplecache::https://a/p/2.png"], "simplecache::https://a/p"),
+    ],
+)
+def test_names_are_listed_below_the_folder_that_all_lie_in(names: list[str], root: str) -> None:
+    source, found, entries = open_names(names)
+    assert found == root
+    assert [f"{root.rstrip('/')}/{entry}" for entry in entries] == names
+    assert (source is None) == ("://" in root)  # a URL that nobody named is not opened
+
+
+@pytest.mark.parametrize(
+    "names", [["s3://a/1.png", "s3://b/1.png"], ["/a/1.png", "s3://a/1.png"], ["/a/1.png", "scenes:0"]]
+)
+def test_names_in_no_one_place_are_refused(names: list[str]) -> None:
+    for order in (names, names[::-1]):
+        with pytest.raises(UserError, match="cannot be listed"):
+            open_names(order)
+
+
+def test_a_name_with_brackets_is_itself_and_links_do_not_repeat_what_they_lead_to(tmp_path: Path) -> None:
+    webdataset(tmp_path / "p[1]", shards=1)
+    (tmp_path / "p[1]/train-0000.tar").rename(tmp_path / "p[1]/p[1].tar")
+    assert contents(open_source(str(tmp_path / "p[1]/p[1].tar"))) == PICTURES[:4]
+    (tmp_path / "p[1]/again").symlink_to(tmp_path / "p[1]")
+    assert contents(open_source(str(tmp_path / "p[1]"))) == PICTURES[:4]
+    (tmp_path / "p[1]/named.tar").symlink_to(tmp_path / "p[1]/p[1].tar")
+    assert contents(open_source(str(tmp_path / "**/*.tar"))) == PICTURES[:4]

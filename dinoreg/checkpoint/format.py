@@ -73,7 +73,7 @@ def save(
     token: str = "",
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `folder/step_…`, point `last` (and `best`) to it, and remove old checkpoints (see `retire`).
+    """Write `folder/step_…`, point `last` (and `best`) to it, and remove old checkpoints and their teacher files.
 
     tensors           nested, by name. DTensors are written by the processes that hold them; of plain tensors, which are
                       equal everywhere, each process may pass all or only its share
@@ -116,9 +116,9 @@ def save(
             raise
         raise RunError(f"checkpoint {final} could not be written: {reason(error)}") from error
     if ranks.is_main:
-        with suppress(OSError):  # what stays too long takes room, no more
-            retire(folder, keep, keep_hours)
-            retire_teachers(folder.parent)
+        for remove in (lambda: retire(folder, keep, keep_hours), lambda: retire_teachers(folder.parent)):
+            with suppress(OSError):  # what stays too long takes room, no more
+                remove()
     return final
 
 

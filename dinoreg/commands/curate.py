@@ -27,6 +27,7 @@ from dinoreg.reports.html import Picture, WithPage
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError, reworded
 from dinoreg.runtime.guide import next_lines
+from dinoreg.runtime.places import is_url
 from dinoreg.runtime.printable import print_status
 from dinoreg.visualize.gallery import Gallery, sheet, tile
 
@@ -57,7 +58,8 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
 
     features  the file that `embed` wrote, with one row an image
     out       folder of the list, the table of copies and the page
-    options   the command line's keys: threshold=0.95, clusters=0, balance=0.5, seed=0
+    options   the command line's keys: threshold=0.95, clusters=0, balance=0.5, root=None, seed=0. Images at URLs are
+              only opened, for the page, where `root` names what they lie below
     raises    UserError (a ValueError) for wrong options or features, before anything is written
     """
     given, gallery = CurateOptions(str(features), str(out), **options), Gallery("curation", Path(out))
@@ -66,12 +68,14 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
         raise UserError(f"features={path}: expected a file that embed wrote, {' or '.join(SUFFIXES)}")
     with reworded(f"features={path}: is no whole file of features", Exception):
         values, names = read_rows(path)
+        values = values.astype(np.float32)
     if values.ndim != 2 or len(values) < 2:
         raise UserError(f"features={path}: rows of {values.shape}, expected one of an image, of two or more images")
-    values = values.astype(np.float32)
+    if not np.abs(values).max() < 1e15 or len(names) != len(values) or not all(names):
+        raise UserError(f"features={path}: expected finite numbers, and a name for each of the {len(values):,} rows")
     values -= values.mean(axis=0)  # what all images share says nothing of two of them
     values /= np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
-    source, root, entries = open_names(names)
+    source, root, entries = open_names(names, given.root)
     nearest = _clusters(values, given)
     clusters, first = nearest[:, 0], _first_copies(values, nearest, given.threshold)  # (n,)
     kept, groups = first == np.arange(len(first)), np.bincount(first)
@@ -113,6 +117,8 @@ def curate_command(options: CurateOptions) -> None:
     kept, images, copies, groups = (found.record[key] for key in ("kept", "images", "copies", "groups"))
     print(f"list: {found.list}, {kept:,} of {images:,} images; {copies:,} copies of {groups:,} pictures are left out")
     print(f"page: {found.page}")
+    if is_url(found.root) and options.root is None:
+        print_status(f"the page shows no images, as these are at a URL, which you name: root={found.root}")
     print_status(*next_lines("curated", {"data": found.list, "root": found.root}))
 
 
@@ -156,8 +162,10 @@ def _write(path: Path, head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -
         writer.writerows(rows)
 
 
-def _sheet(gallery: Gallery, stem: str, source: Source, groups: list[np.ndarray]) -> Picture | None:
+def _sheet(gallery: Gallery, stem: str, source: Source | None, groups: list[np.ndarray]) -> Picture | None:
     """Some images of each group in a row, with their number; None where none can be read."""
+    if source is None:
+        return None
     rows, names = [], []
     for group in groups:
         tiles = []

@@ -26,7 +26,7 @@ from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-_WRITES_FILES = {"quickstart", "pretrain", "eval", "embed", "export", "verdict", "registers", "view", "report"}
+_WRITES_FILES = set(VERBS) - {"inspect", "plan", "runs", "launch", "doctor", "completion"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

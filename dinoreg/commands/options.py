@@ -123,6 +123,7 @@ class CurateOptions(Options, verb="curate"):
     threshold: float = option(0.95, "cosine, without the mean of all, from which on two are copies", above=0, high=1)
     clusters: int = option(0, "of k-means; 0: the root of the number of images, at most 1000", low=0, high=65536)
     balance: float = option(0.5, "1: every cluster is drawn as often; 0: every image", low=0, high=1)
+    root: str | None = option(None, "folder or URL that the images lie below; none: those at URLs are not shown")
     seed: int = option(0, "of k-means", low=0, high=MAX_SEED)
 
 

@@ -32,9 +32,9 @@ def require_complete(config: Config) -> Config:
 
     raises  UserError where `out`, `data` or the budget is missing
     """
-    if config.out is None:
+    if not config.out:
         raise UserError("out: missing; say where the run folder goes, for example out=runs/first")
-    if config.data.source is None:
+    if not config.data.source:
         raise UserError("data: missing; name a folder of images (data=photos/), a list of paths, or data=scenes")
     if all(getattr(config, key) is None for key in BUDGETS):
         raise UserError("no budget: give one of steps=, images= or epochs=")

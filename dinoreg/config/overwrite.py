@@ -48,7 +48,7 @@ def check_out(config: Config, out: Path) -> None:
     elif not out.is_dir() or all(_matches(path, _BEFORE_A_RUN) for path in out.iterdir()):
         return
     elif not config.resume:
-        refuse_live(out)  # before advice that deletes or goes on
+        refuse_live(out, config.takeover)  # before advice that deletes or goes on
         raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
     elif not (out / "config.yaml").is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")

@@ -360,12 +360,12 @@ class Config(Options):
 
     def check_start(self) -> None:
         """UserError for a loss that holds to the features of `init=` where there is none."""
-        held = ["anchor_weight", "diet_weight"]
-        if self.schedule.gram_start == 0 and not self.resume:
-            held.append("gram_weight")
-        for key in held if self.init is None else ():
-            without = "0 without init=, there are no features to begin with"
+        without = "0 without init=, there are no features to begin with"
+        for key in ("anchor_weight", "diet_weight") if self.init is None else ():
             check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
+        if self.init is None and self.schedule.gram_start == 0 and not self.resume:
+            later = "0 without init= where schedule.gram_start=0, as weights at random have no relations to hold to"
+            check(self.loss.gram_weight == 0, "loss.gram_weight", self.loss.gram_weight, later)
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
         """Length of the run in optimizer steps, at least 1, for a data set of `num_images`.
@@ -436,7 +436,7 @@ def _check_model(config: Config) -> None:
     sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
     sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
     for key, size in sizes:
-        check(size % patch == 0, key, size, multiples(size, patch))
+        check(size % patch == 0, key, size, multiples(size, patch, config.model.name))
     depth = config.model.depth or named["depth"]
     check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]

@@ -1,6 +1,5 @@
 """From `data=` to a source: a folder, shards, several, a list, a declared dataset, the scenes; as paths or as URLs."""
 
-import math
 import os
 import re
 from array import array
@@ -25,7 +24,7 @@ from dinoreg.runtime.places import ending_of, filesystem, is_url
 from dinoreg.runtime.printable import listed
 
 WEIGHT = "sampling_weight"  # the column of a table by which images are drawn
-_VERSION = 1
+_VERSION = 2
 _MEMBER = re.compile(r"(.+?(\.tar|\.parquet)):(.+)", re.DOTALL)
 
 
@@ -47,8 +46,8 @@ def open_source(
     index_dir  where folder indexes are kept; by default the user's cache folder
     root       the folder that the paths of a list must stay in; by default the list's own
     value_range  LOW,HIGH of the whole data set, or of each channel; by default each file's type says it
-    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are.
-               "path:RED,path:NIR" where each channel is a file of its own
+    columns    of tables, "path:NAME,weight:NAME"; by default the column `path` or one that is called as paths usually
+               are, and `sampling_weight`. "path:RED,path:NIR" where each channel is a file of its own
 
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
@@ -69,8 +68,8 @@ def _open(
             raise UserError(f"data is an empty list, expected {KINDS}")
         if weights is not None and len(weights) != len(spec):
             raise UserError(f"data.weights has {len(weights)} numbers for {len(spec)} sources")
-        if weights is not None and not all(0 < weight < math.inf for weight in weights):
-            raise UserError(f"data.weights={list(weights)}: expected positive numbers")
+        if weights is not None and not all(1e-30 <= weight <= 1e30 for weight in weights):
+            raise UserError(f"data.weights={list(weights)}: expected positive numbers, from 1e-30 to 1e30")
         parts = [_open(part, None, index_dir, root, columns) for part in spec]
         return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
     if weights is not None and len(weights) != 1:
@@ -169,6 +168,8 @@ def read_labelled(
         return read_labelled_shards(found, table_of(found, f"{path}:"), named)
     if isinstance(found, TarSource):
         return read_labelled_shards(found, sidecars(found, f"{path}:", named), named)
+    if is_url(path):
+        raise UserError(f"{path}: at a URL labels are read of shards alone, .tar or .parquet with pictures inside")
     if found is not None:
         return read_labelled_folder(path, index_dir)
     base = None if root is None else os.path.expanduser(os.fspath(root))
@@ -248,40 +249,54 @@ def _open_list(
     return WeightedSource(source, kept["weights"]) if len(kept["weights"]) else source
 
 
-def open_names(names: Sequence[str]) -> tuple[Source, str, list[str]]:
+def open_names(names: Sequence[str], asked: str | None = None) -> tuple[Source | None, str, list[str]]:
     """The images that sources call so, files or what lies in shards; the folder that all lie below; their names there.
 
-    raises  UserError for what has no place, as scenes
+    asked   a folder or URL that they lie below; without it images at a URL are not opened (None), as the names may come
+            from a stranger
+    raises  UserError for what has no place, as scenes, and for what lies in no one folder or store
     """
-    if not (is_url(names[0]) or os.path.isabs(names[0])):
-        raise UserError(f"{names[0]}: is no file, and cannot be listed")
-    found = map(_MEMBER.fullmatch, names)
-    root = os.path.commonpath({os.path.dirname(each[1] if each else name) for each, name in zip(found, names)})
-    root = root.replace(":/", "://", 1) if is_url(names[0]) else root
+    if odd := [name for name in names if not (is_url(name) or os.path.isabs(name))]:
+        raise UserError(f"{odd[0]}: is no file, and cannot be listed")
+    folders = {os.path.dirname(found[1] if (found := _MEMBER.fullmatch(name)) else name) for name in names}
+    try:
+        (start,) = {name.partition("://")[0] + "://" if is_url(name) else "" for name in names}
+        root = start + os.path.commonpath({folder[len(start) :] for folder in folders})
+    except ValueError:
+        start, root = "", "://"
+    if root.endswith("://"):
+        raise UserError(f"{names[0]} and others lie in no one folder or store, and cannot be listed together")
+    if asked and not f"{root}/".startswith(f"{absolute(asked).rstrip('/')}/"):
+        raise UserError(f"root={asked}: the images lie below {root}")
     entries = [name[len(root) :].lstrip("/") for name in names]
-    return _in_shards(PathSource(root, PathBlock.of(entries)), {}, None), root, entries
+    source = None if start and not asked else _in_shards(PathSource(root, PathBlock.of(entries)), {}, None)
+    return source, root, entries
 
 
 def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
     """The images of shards that names mean, ARCHIVE.tar:MEMBER or FILE.parquet:ROW; files as they are."""
-    if entries.bands > 1 or (member := _MEMBER.fullmatch(entries.paths[0])) is None:
+    if entries.bands > 1 or not any(f"{ending}:".encode() in entries.paths.block for ending in SHARDS):
         return entries
-    names = dict.fromkeys(found[1] for entry in entries.paths if (found := _MEMBER.fullmatch(entry)))
-    source = _open_shards(Shards(entries.root, list(names), member[2]), columns, index_dir)
+    files: dict[str, dict[str, None]] = {}
+    for entry in entries.paths:
+        found = _MEMBER.fullmatch(entry)
+        files.setdefault(found[2] if found else "", {})[found[1] if found else entry] = None
+    parts = [_open_shards(Shards(entries.root, [*each], kind), columns, index_dir) for kind, each in files.items()]
+    source = parts[0] if len(parts) == 1 else JoinedSource(parts)
     # By hashes, as a table of millions of names would take gigabytes.
     known, wanted = (np.fromiter(map(hash, map(each.name, range(len(each)))), np.int64) for each in (source, entries))
-    order = np.argsort(known)
-    found = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    if len(missing := np.flatnonzero(known[found] != wanted)):
+    order = np.argsort(known, kind="stable")
+    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    if len(missing := np.flatnonzero(known[places] != wanted)):
         raise UserError(f"data: {entries.name(int(missing[0]))} is listed, and not there")
-    return ChosenSource(source, found)
+    return ChosenSource(source, places)
 
 
 def _weight(cell: str, where: str) -> float:
     with suppress(ValueError):
-        if 0 <= (weight := float(cell)) < math.inf:
+        if (weight := float(cell)) == 0 or 1e-30 <= weight <= 1e30:  # whose sums and products are numbers
             return weight
-    raise UserError(f"{where}: the weight is {cell!r}, expected a number of at least 0")
+    raise UserError(f"{where}: the weight is {cell!r}, expected 0 or a number from 1e-30 to 1e30")
 
 
 def absolute(place: str | os.PathLike[str]) -> str:

@@ -6,7 +6,7 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dinoreg.data.folder_index import EXTENSIONS
@@ -22,7 +22,7 @@ _THREADS = 8  # files that are looked at together; the time goes into waiting
 _PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
 _NAMED = re.compile(r"\w+:\w+=")  # imagenet22k:root=FOLDER
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+_NUMBERS = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
 class Shards(NamedTuple):
@@ -111,12 +111,16 @@ def _parted(spec: str) -> tuple[str, list[str]]:
 
 
 def _matching(root: str, pattern: str) -> list[str]:
-    if not _magic(root).search(pattern):
+    if not _magic(root).search(pattern) or (not is_url(root) and os.path.exists(os.path.join(root, pattern))):
         return [pattern]
     if is_url(root):
         return names_below(root, pattern)
     with readable(f"data: the folder {root}"):
-        return sorted(glob.glob(pattern, root_dir=root, recursive=True))
+        names = sorted(glob.glob(pattern, root_dir=root, recursive=True))
+    if "**" in pattern:  # goes through links, so that it meets files, or a whole tree, again
+        names.sort(key=len, reverse=True)  # the shortest of a file's names stays
+        names = sorted({os.path.realpath(os.path.join(root, name)): name for name in names}.values())
+    return names
 
 
 def _without_braces(text: str) -> list[str]:
@@ -125,10 +129,10 @@ def _without_braces(text: str) -> list[str]:
     if match is None:
         return [text]
     choices, numbers = match[1].split(","), _NUMBERS.fullmatch(match[1])
+    first, last = map(int, numbers.groups()) if numbers else (1, len(choices))
+    ends = _without_braces(text[match.end() :])
+    if (count := (last - first + 1) * len(ends)) > MOST:
+        raise UserError(f"data: {text} names {count:,} files, expected at most {MOST:,}")
     if numbers:
-        first, last = map(int, numbers.groups())
-        if last - first >= MOST:
-            raise UserError(f"data: {text} names {last - first + 1:,} files, expected at most {MOST:,}")
         choices = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
-    ends: Callable[[str], list[str]] = _without_braces
-    return [text[: match.start()] + choice + rest for choice in choices for rest in ends(text[match.end() :])]
+    return [text[: match.start()] + choice + end for choice in choices for end in ends]

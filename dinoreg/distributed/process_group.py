@@ -288,8 +288,8 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
 
 
 def int_of(environment: Mapping[str, str], name: str, default: int = 0) -> int:
-    """The integer value of an environment variable, `default` without it; UserError for any other text."""
-    text = environment.get(name, str(default))
+    """The integer value of an environment variable, `default` without it or any text; UserError for any other text."""
+    text = environment.get(name) or str(default)
     try:
         return int(text)
     except ValueError:

@@ -68,7 +68,8 @@ def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Plann
         try:
             ready.append(_plan(benchmark, request))
         except UserError as error:
-            problems[benchmark.name] = str(error)
+            said = str(error)
+            problems[benchmark.name] = said if benchmark.name in said else f"{benchmark.name}: {said}"
     return [plan for plan in ready if plan.tasks], problems
 
 

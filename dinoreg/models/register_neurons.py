@@ -54,7 +54,7 @@ class _Mover:
         class token keeps its own."""
         hidden, first, start = inputs[0].clone(), 1 + self.num_registers, 0
         if sum(images * tokens for images, tokens in self.shapes) != len(hidden):
-            raise RuntimeError("a test-time register works in evaluation mode only")
+            raise RuntimeError("a test-time register works in evaluation mode, and with all patches, only")
         for images, tokens in self.shapes:
             group = hidden[start : start + images * tokens].view(images, tokens, -1)
             start += images * tokens

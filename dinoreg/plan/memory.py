@@ -249,8 +249,11 @@ def operations_of(job: Job, worst: bool = False) -> Operations:
     steps = [(times, trace_job(job, blocks, _masked(job, few)).operations) for times, blocks, few in sizes]
     if not worst and abs(most - parts * usual) > most * ROUNDED:
         _, blocks, few = sizes[0]
-        times = (parts * usual - most) / (few * usual - sum(_masked(job, few)))
-        steps += [(times, trace_job(job, blocks, (usual,) * few).operations), (-times, steps[0][1])]
+        if apart := few * usual - sum(_masked(job, few)):  # by what a masked patch costs
+            times = (parts * usual - most) / apart
+            steps += [(times, trace_job(job, blocks, (usual,) * few).operations), (-times, steps[0][1])]
+        else:
+            steps = [(times, trace_job(job, blocks, (usual,) * few).operations) for times, blocks, few in sizes]
     counts: dict[str, float] = defaultdict(float)
     for times, operations in steps:
         for kind, count in operations.items():

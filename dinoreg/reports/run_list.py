@@ -1,5 +1,6 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,19 +56,29 @@ def probed(run: Run) -> tuple[Figure | None, Figure | None]:
     return next(reversed(figures.values()), None), figures.get(pointed_step(run.folder, "best"))
 
 
+@dataclass(frozen=True)
 class ListedRun:
     """A run of a folder.
 
+    folder      of the run
     state       how it stands: `state.phase`, `state.reason`, `state.reached` of `state.num_steps`, `state.updated`
     loss        the last one that was logged, in nats; None without any
     last, best  figures of the probe inside the run; None where there is none
     results     {dataset: headline value} of its newest evaluations
     """
 
-    def __init__(self, run: Run) -> None:
-        self.folder, self.state, self.loss = run.folder, RunState(run), run.last("loss")
-        self.last, self.best = probed(run)
-        self.results = {probe.dataset: probe.value for probe in run.newest_probes()}
+    folder: Path
+    state: RunState
+    loss: float | None
+    last: Figure | None
+    best: Figure | None
+    results: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Run) -> "ListedRun":
+        """What a run's files say."""
+        results = {probe.dataset: probe.value for probe in run.newest_probes()}
+        return cls(run.folder, RunState(run), run.last("loss"), *probed(run), results)
 
     def __repr__(self) -> str:
         return f"<run {self.folder}: {self.state.in_words}, step {self.state.reached:,}, {self.last or 'not probed'}>"
@@ -84,7 +95,7 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
     if not place.is_dir():
         raise UserError(f"runs: {folder}: no such folder; expected one with run folders in it")
     configs = [place / "config.yaml"] if (place / "config.yaml").is_file() else place.glob("*/config.yaml")
-    found = [ListedRun(Run(path.parent)) for path in configs]
+    found = [ListedRun.of(Run(path.parent)) for path in configs]
     if not found:
         raise UserError(f"runs: {folder}: no run in it (a run folder has a config.yaml)")
     return sorted(found, key=lambda each: (-each.state.updated, str(each.folder)))

@@ -1,18 +1,24 @@
 """The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dinoreg.runtime.printable import printable
 
+_QUERY = re.compile(r"(://[^\s?'\"]*\?)[^\s'\"]*[^\s'\":,;)]")
+
 
 class EarlyEnd(Exception):
-    """An end that is reported in one line, without a traceback.
+    """An end that is reported in one line, without a traceback; what is asked of a server in a URL may be a key to it.
 
     reported  another process of the command prints it
     """
 
     reported = False
+
+    def __str__(self) -> str:
+        return _QUERY.sub(r"\1…", super().__str__())
 
 
 class UserError(EarlyEnd, ValueError):

@@ -2,7 +2,8 @@
 
 No network is touched for anything but what the user names by a URL. Credentials are found in fsspec's own ways, copies
 are kept where one of its prefixes says so (`simplecache::https://…`). What fails for another reason than that the file
-is not there, or not ours to read, is asked for again.
+is not there, or not ours to read, is asked for again. Stores that fsspec makes of other files (`reference::`, `zip::`)
+are refused, as such a file may name any other.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar
 
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import EarlyEnd, RunError, one_line, reworded
+from dinoreg.runtime.errors import EarlyEnd, RunError, UserError, one_line, reworded
 from dinoreg.runtime.regular_files import MAX_BYTES, in_hand, open_regular, read_regular
 
 T = TypeVar("T")
 WAITS = (0.5, 2.0, 8.0)  # seconds before a URL is asked for once more
 _URL = re.compile(r"[a-z][a-z0-9+.\-]+(?:::|://)", re.IGNORECASE)
 _BUFFER = 1 << 22  # bytes that a file at a URL is read by: fewer requests, and no more than is of use
-_CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "blob_id", "Content-MD5")
+_STORE = re.compile(r"https?|s3a?|gs|gcs|az|abfss?|hf|memory|file|local|(simple|file|block)cache")
+_USER = re.compile(r"(https?://|\w+://[^/?#@]*:)[^/?#@]*@")
+_CHANGES = re.compile("etag|mtime|last[-_]?modified|updated|created|blob_id|content-md5|digest", re.IGNORECASE)
 _FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
 
 
@@ -45,7 +48,16 @@ def ending_of(name: str) -> str:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(the file system of fsspec's, its own name of the place) of a URL; UserError where a package is missing."""
+    """(the file system of fsspec's, its own name of the place) of a URL.
+
+    raises  UserError where a package is missing, for another store, and for a user or password in the URL
+    """
+    for part in url.split("::"):
+        store, _, rest = part.partition("://")
+        if not _STORE.fullmatch(store):
+            raise UserError(f"{url} cannot be opened: {store!r}, expected https, s3, gs, az, abfs, hf, memory or file")
+        if _USER.match(part):
+            raise UserError(f"{store}://…@{rest.partition('@')[2]} names a user; leave credentials to fsspec's ways")
     with reworded(f"{url} needs fsspec: {install('fsspec')}", ImportError):
         import fsspec.core
     with reworded(
@@ -69,12 +81,35 @@ def read_range(place: str, start: int, end: int) -> bytes:
             file.seek(start)
             return file.read(end - start)
     fs, path = filesystem(place)
+    if end <= start:
+        return b""
     more = {} if fs.async_impl else {"cache_type": "none"}  # else megabytes behind the range come with it
     with in_hand(place):
-        data: bytes = _asked(place, lambda: fs.cat_file(path, start=start, end=end, **more)) if end > start else b""
-    if len(data) > end - start:
-        raise RunError(f"{place}: the server hands out whole files, not the ranges that are asked for")
-    return data
+        if "https" in type(fs).protocol:
+            return _asked(place, lambda: _over_http(fs, path, start, end))
+        return bytes(_asked(place, lambda: fs.cat_file(path, start=start, end=end, **more)))
+
+
+def _over_http(fs: Any, url: str, start: int, end: int) -> bytes:
+    """A range of a file, with no more in memory than that; fsspec reads first whatever the server sends."""
+    from fsspec.asyn import sync
+
+    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    options = {**fs.kwargs, "headers": {**fs.kwargs.get("headers", {}), **headers}}
+
+    async def streamed() -> bytearray:
+        session, data = await fs.set_session(), bytearray()
+        async with session.get(fs.encode_url(url), **options) as answer:
+            fs._raise_not_found_for_status(answer, url)
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise RunError(f"{url}: the server packs what it hands out, which cannot be read by ranges")
+            while len(data) <= end - start and (block := await answer.content.read(_BUFFER)):
+                data += block
+            if len(data) > end - start or (start and answer.status != 206):
+                raise RunError(f"{url}: the server hands out whole files, not the ranges that are asked for")
+        return data
+
+    return bytes(sync(fs.loop, streamed))
 
 
 @contextmanager
@@ -96,7 +131,7 @@ def state(place: str) -> tuple[int, str]:
     about = _asked(place, lambda: fs.info(path))
     if about.get("type") == "directory" or about.get("size") is None:
         raise OSError(errno.EINVAL, "a folder, or a file of a size that the server does not tell", place)
-    return int(about["size"]), str([about[key] for key in _CHANGES if key in about])
+    return int(about["size"]), str([about[key] for key in about if _CHANGES.fullmatch(key)])
 
 
 def names_below(root: str, pattern: str = "") -> list[str]:
@@ -117,7 +152,8 @@ def _asked(url: str, call: Callable[[], T]) -> T:
             # fsspec's https says "no such file" of a server that does not answer, too.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             reason = one_line(cause, 200)
-            if isinstance(cause, _FOR_GOOD) or getattr(cause, "status", 500) < 500:
+            status = getattr(cause, "status", 500)  # of HTTP
+            if isinstance(cause, _FOR_GOOD) or (status < 500 and status not in (408, 425, 429)):  # these: ask later
                 words = "no such file" if isinstance(error, FileNotFoundError) else reason
                 raise OSError(getattr(error, "errno", None) or errno.ENOENT, words, url) from None
         if wait is not None:

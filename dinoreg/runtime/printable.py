@@ -43,10 +43,10 @@ def enumerated(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def multiples(side: int, patch: int) -> str:
-    """What a side, in pixels, that the patch size does not divide should have been."""
+def multiples(side: int, patch: int, model: str = "") -> str:
+    """What a side, in pixels, that the patch size (of a model) does not divide should have been."""
     below = max(side // patch, 1) * patch
-    return f"a multiple of the patch size {patch}, as {below} or {below + patch}"
+    return f"a multiple of the patch size {patch}{model and f' of {model}'}, as {below} or {below + patch}"
 
 
 def in_markup(text: str) -> str:

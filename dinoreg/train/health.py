@@ -49,7 +49,7 @@ def read_signals(metrics: Signals, num_prototypes: int, num_steps: float = math.
                     the momentum says of "teacher_moved"; "lr" is that of the backbone; without `OF_PIXELS` where all
                     pixels are the same
     """
-    without = OF_PIXELS if metrics.get("pixel_std", math.nan) < SAME_PIXELS else ()
+    without = () if metrics.get("pixel_std", math.nan) >= SAME_PIXELS else OF_PIXELS
     signals = defaultdict(lambda: math.nan, {key: value for key, value in metrics.items() if key not in without})
     largest_entropy = math.log(max(num_prototypes, 2))
     signals["entropy"] = signals["teacher_entropy"] / largest_entropy  # 1: a uniform guess

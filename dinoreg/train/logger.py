@@ -295,7 +295,7 @@ class RunLog(SilentLog):
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         self._add_scalars("train", numbers, values["step"])
         line = "  ".join(form.format(values[key]) for key, form in _CONSOLE.items() if key in values)
-        waits = values.get("data_time", 0.0) / values["step_time"]
+        waits = values.get("data_time", 0.0) / max(values["step_time"], 1e-9)
         line += f"  {waits:.0%} waiting for images" if waits > 0.1 else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
         self._show(values, line)

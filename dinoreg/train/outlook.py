@@ -11,7 +11,7 @@ from dinoreg.runtime.durations import about
 from dinoreg.runtime.printable import enumerated
 from dinoreg.train.logger import SilentLog
 
-# Worth a word: fewer batches of images, more passes over them, more seconds.
+# Worth a word: fewer batches of images from scratch, more passes over them, more seconds.
 FEW_BATCHES, MANY_PASSES, LONG = 20, 2000, 7 * 86_400.0
 # A run that is advised instead: passes, seconds, the smallest batch, and the fewest steps that are worth it.
 _PASSES, _SECONDS, _BATCH, _STEPS = 500, 86_400.0, 8, 1000
@@ -67,7 +67,7 @@ class Outlook:
         """What to do instead, with the keys of the command; "" where there are no doubts."""
         if not self.doubts():
             return ""
-        found, batch = [], min(self.batch, batch_for(self.images))
+        found, batch = [], self.batch if self.images >= 2 * self.batch else min(self.batch, batch_for(self.images))
         steps = [_PASSES * self.images / batch] if self.passes > MANY_PASSES else []
         if self.seconds is not None and self.is_long:
             steps.append(_SECONDS * self.steps / self.seconds * self.batch / batch)

@@ -23,6 +23,7 @@ from dinoreg.evaluation.backbones.open import Opened, open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.places import is_url
 from dinoreg.runtime.printable import multiples
 
 Images = str | Sequence[str] | None  # as `open_images` takes them; None: the data that the run was trained on
@@ -143,18 +144,24 @@ def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[di
 
 
 def run_source(subject: Opened) -> Source:
-    """The images of the run that the weights belong to; UserError without a run, or where its config names none."""
+    """The images of the run that the weights belong to.
+
+    raises  UserError without a run, and where its config names none or a URL: the run may come from a stranger
+    """
     if subject.run is None:
         raise UserError("images: missing; name an image, a folder, a list of paths, or scenes")
-    return config_source(load_config(subject.run).data, f"images: missing, and {subject.run} does not name its data")
+    data = load_config(subject.run).data
+    places = [data.source] if isinstance(data.source, str) else list(data.source or ())
+    if urls := [place for place in (*places, data.root) if place and is_url(place)]:
+        raise UserError(f"images: missing; the data of {subject.run} are at a URL, which you name: images={urls[0]}")
+    return config_source(data, f"images: missing, and {subject.run} does not name its data")
 
 
 def config_source(data: DataConfig, missing: str) -> Source:
     """The images that a config trains on; UserError with the text `missing` when it names none."""
     if data.source is None:
         raise UserError(missing)
-    index = Path(data.index_dir) if data.index_dir else None
-    return open_source(data.source, data.weights, index, data.root, data.range, data.columns)
+    return open_source(data.source, data.weights, data.index_dir or None, data.root, data.range, data.columns)
 
 
 def safe_name(text: str, length: int = 60) -> str:

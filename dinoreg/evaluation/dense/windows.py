@@ -1,9 +1,9 @@
-"""What the dense protocols share: padding to whole patches, sliding windows, and the crops that heads learn from.
+"""What the dense protocols share: padding to whole patches, sliding windows, and the batches that heads learn from.
 
 Images are never assumed to have a common size. All that happens to logits between the patch grid and the pixels of the
 answer (upsampling windows, averaging where they overlap, scaling to the original size) is linear, one matrix for rows
 and one for columns: `Windows.rows_of` streams the answer in blocks of rows, whatever the image's size.
-The geometry of crops and windows is that of mmsegmentation, the toolbox which DINOv2 used.
+The geometry of windows is that of mmsegmentation, the toolbox which DINOv2 used.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import tokenize
 import warnings
 import zlib
@@ -28,7 +29,7 @@ from torch import Tensor
 from dinoreg.checkpoint.atomic import part_name, reason, write_atomic
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.context import SAVE_SECONDS, Context
 from dinoreg.evaluation.features.images import Picture, read_picture, stack_images
 from dinoreg.runtime.digest import blocks
 from dinoreg.runtime.errors import RunError
@@ -37,7 +38,7 @@ from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import open_regular
 
-FLUSH_BYTES = 1 << 26  # written between notes of how far the extraction is
+FLUSH_BYTES = 1 << 26  # written between notes of how far the extraction is, unless they take SAVE_SECONDS
 
 
 def extract_features(
@@ -170,7 +171,7 @@ def extract_rows(
         if aside != part_name(path):
             stack.callback(aside.unlink, missing_ok=True)
             done = crc = 0
-        unnoted, left = 0, -(-(len(source) - done) // batch_size)
+        unnoted, noted_at, left = 0, time.monotonic(), -(-(len(source) - done) // batch_size)
         loaded = parallel(load, range(done, len(source)), context.workers)
         batches = iter(lambda: list(islice(loaded, batch_size)), [])
         for images in context.progress(batches, left, f"{what} ({encoder.name})"):
@@ -180,14 +181,14 @@ def extract_rows(
                 _begin(file, (len(source), *rows.shape[1:]), rows.dtype, done, path.parent, f"the {what}", advice)
             file.write(rows.data)
             done, crc, unnoted = done + len(rows), zlib.crc32(rows.data, crc), unnoted + rows.nbytes
-            if unnoted >= FLUSH_BYTES or done == len(source):
+            if unnoted >= FLUSH_BYTES or time.monotonic() - noted_at > SAVE_SECONDS or done == len(source):
                 file.flush()
                 os.fsync(file.fileno())
                 if done == len(source):
                     os.replace(aside, path)
                 if done == len(source) or aside == part_name(path):
                     write_atomic(noted, json.dumps({**(note or {}), "done": done, "crc32": crc}) + "\n")
-                unnoted = 0
+                unnoted, noted_at = 0, time.monotonic()
     return np.load(path, mmap_mode="r")
 
 

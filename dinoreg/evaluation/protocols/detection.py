@@ -206,8 +206,8 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     data    splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_ap.RULES`, by
             default "coco" for the metric AP and "voc2007" for AP50
-    raises  UserError for a metric that the rule does not have, missing splits, boxes out of shape or range, and a test
-            split without boxes that count; RunError where every head diverges or a token is not finite
+    raises  UserError for a metric that the rule does not have, missing splits, and a test split without boxes that
+            count; RunError where every head diverges or a token is not finite
     """
     settings, metric, context = measured.options.detection, measured.task.metric, measured.context
     rule = str(measured.data.extra.get("rule", "coco" if metric == "AP" else "voc2007"))

@@ -35,8 +35,8 @@ MAX_PATCHES = 20_000  # of one image: their similarities take 1.6 GB
 def evaluate(measured: Measurement) -> list[Row]:
     """CorLoc, in [0, 1], of the best block and bias, then of the box around the whole image, which needs no model.
 
-    raises  UserError for another metric, a missing split, boxes out of shape or range, a block that does not exist and
-            an image of too many patches; RunError where a feature is not finite
+    raises  UserError for another metric, a missing split, a block that does not exist and an image of too many
+            patches; RunError where a feature is not finite
     """
     measured.check_metric("object discovery", ("CorLoc",))
     settings, encoder, context = measured.options.discovery, measured.encoder, measured.context

@@ -134,7 +134,7 @@ def score(
     spread   of the features (N, D) of all training images
     index    (m,) of those whose labels are used
     asked    features (n, D) of the test images
-    given    seed, device and, by which C is chosen, metric, of `fit_classes`
+    given    all of seed, device and, by which C is chosen, metric, of `fit_classes`
     returns  {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
     """
     features = spread.features

@@ -240,7 +240,7 @@ class Grid:
             else:
                 yield from (self.stored(cached, step) for step in range(first, self.steps))
 
-        def losses(step: int, batch: tuple[Tensor, np.ndarray]) -> dict[str, Tensor]:
+        def losses(_step: int, batch: tuple[Tensor, np.ndarray]) -> dict[str, Tensor]:
             x, rows = batch
             return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
 
@@ -291,7 +291,7 @@ class Grid:
         for some in np.split(rows, range(self.chunk, len(rows), self.chunk)):
             x = torch.from_numpy(features[some].astype(np.float32)).to(self.encoder.device)
             for kind, logits in self.logits(x).items():
-                total = _cross_entropies(logits, torch.from_numpy(labels[some]).to(x.device)).double().sum(dim=0)
+                total = _cross_entropies(logits, torch.from_numpy(labels[some]).to(x.device)).cpu().double().sum(dim=0)
                 finite = torch.isfinite(logits).all(dim=-1).all(dim=0).tolist()
                 logits[..., self.no_answers] = -torch.inf
                 said = logits.argmax(dim=-1).T.cpu().numpy()

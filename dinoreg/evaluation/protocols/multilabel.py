@@ -44,7 +44,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     for fold in folds:
         fits.append(_fitted(measured, fold))
         scores[fold.rows] = _scores(fits[-1][0].model, _rows(measured, fold.test, "test"), measured.encoder.device)
-    paths, problems, doubts = zip(*fits)
+    paths, counts, fitted, doubts = zip(*fits)
     _draw(measured, test, scores, names)
     settings = {
         "C": dict(zip(names, (per_fold(each) for each in zip(*(path.C.tolist() for path in paths))))),
@@ -55,13 +55,14 @@ def evaluate(measured: Measurement) -> list[Row]:
     }
     chosen_on = OFFICIAL if folds[0].val is not None else f"{chosen.validation_share:.0%} of train, seed {context.seed}"
     fields: dict[str, Any] = {"chosen_on": chosen_on, "n_test": len(test), "settings": settings, "warnings": doubts[0]}
-    fields["n_train"] = round(np.mean([each.data.n for each in problems]))
-    note = _note(np.all([each.fitted.numpy() for each in problems], axis=0), test.labels, names)
+    fields["n_train"] = round(np.mean(counts))
+    note = _note(np.all(fitted, axis=0), test.labels, names)
     return mean_ap_rows(measured, scores, test, names, note=note, **fields)
 
 
-def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, SigmoidProblem, tuple[str, ...]]:
-    """C chosen for each class on the validation split or on a share of train, with the fit on both; doubts of train."""
+def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, int, np.ndarray, tuple[str, ...]]:
+    """C chosen for each class on the validation split or on a share of train, with the fit on both; the number of
+    images fitted, the classes (K,) bool that could be, and doubts of train."""
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
     everything = fit = _rows(measured, fold.train, "train")
     doubts = equal_features(fold.train.source, fit.parts[0][0])
@@ -75,7 +76,7 @@ def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, Sig
     path = choose(fit, held, values, patience=chosen.patience, points=points, device=device)
     problem = SigmoidProblem(everything, device=device)
     model = problem.solve(torch.from_numpy(path.C), path.model, tolerance=FINAL_TOLERANCE)
-    return replace(path, model=model), problem, doubts
+    return replace(path, model=model), problem.data.n, problem.fitted.numpy(), doubts
 
 
 def choose(
