@@ -136,6 +136,8 @@ def test_shards_lists_and_folders_at_a_url_hold_what_they_hold_on_a_disk(
             read_labelled(f"{url}/{spec}", kept)
     (folder / "own.txt").write_text(f"{url}/plain/sub/03.png\nsub/04.png\n")
     assert contents(open_source(folder / "own.txt", root=f"{url}/plain")) == PICTURES[3:5]
+    with pytest.raises(UserError, match="names a user"):
+        open_source(folder / "own.txt", root="https://me:secret@host/plain")
     (folder / "own.txt").write_text(f"{url}/tars/../secret.png\n")
     with pytest.raises(UserError, match=r"line 1: .* leaves"):
         open_source(folder / "own.txt", root=f"{url}/plain")

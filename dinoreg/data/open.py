@@ -222,6 +222,8 @@ def _open_list(
     if ending_of(spec) not in (*LISTS, *TABLES):
         raise UserError(f"data: {spec} is a file, expected {KINDS}")
     folder = absolute(root) if root else spec.rpartition("/")[0] if is_url(spec) else os.path.dirname(absolute(spec))
+    if is_url(folder):
+        filesystem(folder)  # so that one that is refused is so before it stands in a config
     table = open_table(spec, f"data: the list {spec}", folder)
     found = table.column("path", columns)
     if found is None:
@@ -269,8 +271,7 @@ def open_names(names: Sequence[str], asked: str | None = None) -> tuple[Source |
     if asked and not f"{root}/".startswith(f"{absolute(asked).rstrip('/')}/"):
         raise UserError(f"root={asked}: the images lie below {root}")
     entries = [name[len(root) :].lstrip("/") for name in names]
-    source = None if start and not asked else _in_shards(PathSource(root, PathBlock.of(entries)), {}, None)
-    return source, root, entries
+    return _in_shards(PathSource(root, PathBlock.of(entries)), {}, None) if asked or not start else None, root, entries
 
 
 def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
