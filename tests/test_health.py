@@ -205,7 +205,7 @@ class Faults:
 
     @staticmethod
     def in_order(patch: pytest.MonkeyPatch, out: Path) -> None:
-        patch.setattr(sampler, "_epoch_order", lambda seed, lengths, number, epoch: np.arange(lengths[number]))
+        patch.setattr(sampler, "_epoch_order", lambda seed, groups, number, epoch: np.arange(groups[number].length))
 
     @staticmethod
     def stale(patch: pytest.MonkeyPatch, out: Path) -> None:
