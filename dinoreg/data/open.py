@@ -16,7 +16,7 @@ from dinoreg.data.labelled_table import read_labelled_shards, read_labelled_tabl
 from dinoreg.data.parquet_source import ParquetSource, holds_pictures, index_parquet, table_of
 from dinoreg.data.shards import SHARDS, Shards, find_shards, has_pattern, is_folder, is_place, states_of
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, ScenesSource, Source, WeightedSource
-from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
+from dinoreg.data.tables import LISTS, TABLES, Columns, Table, column_names, inside, open_table
 from dinoreg.data.tar_index import TarSource, index_tars, sidecars
 from dinoreg.data.value_range import ValueRange
 from dinoreg.runtime.errors import UserError
@@ -68,7 +68,7 @@ def _open(
             raise UserError(f"data is an empty list, expected {KINDS}")
         if weights is not None and len(weights) != len(spec):
             raise UserError(f"data.weights has {len(weights)} numbers for {len(spec)} sources")
-        if weights is not None and not all(1e-30 <= weight <= 1e30 for weight in weights):
+        if weights is not None and not all(map(_is_weight, weights)):
             raise UserError(f"data.weights={list(weights)}: expected positive numbers, from 1e-30 to 1e30")
         parts = [_open(part, None, index_dir, root, columns) for part in spec]
         return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
@@ -90,10 +90,9 @@ def _open(
 def _by_weights(source: ParquetSource, title: str, columns: Columns) -> Source:
     """Pictures in parquet files as the column of weights beside them says, where there is one."""
     table = table_of(source, title)
-    if "weight" not in columns and WEIGHT not in table.names:
+    if not (column := _column_of_weights(table, columns)):
         return source
-    column = table.named(columns.get("weight", [WEIGHT])[0])
-    weights = [_weight(cell, f"{title} row {number}") for number, (cell,) in table.cells(column)]
+    weights = [_weight(cell, f"{title} row {number}") for number, (cell,) in table.cells(*column)]
     if len(weights) != len(source):
         raise UserError(f"{title}: {len(weights):,} weights for {len(source):,} pictures")
     return WeightedSource(source, np.array(weights))
@@ -229,9 +228,7 @@ def _open_list(
     if found is None:
         raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {listed(table.names)}")
     paths, where = [found[0], *table.further(columns)], f"data: {spec} {table.unit}"
-    wanted = [*paths]
-    if "weight" in columns or WEIGHT in table.names:
-        wanted.append(table.named(columns.get("weight", [WEIGHT])[0]))
+    wanted = [*paths, *_column_of_weights(table, columns)]
 
     def find() -> dict[str, np.ndarray]:
         block, weights = bytearray(), array("d")
@@ -293,9 +290,20 @@ def _in_shards(entries: PathSource, columns: Columns, index_dir: str | os.PathLi
     return ChosenSource(source, places)
 
 
+def _column_of_weights(table: Table, columns: Columns) -> list[str]:
+    """The column by which images are drawn, as the user or a table itself calls it; [] where there is none."""
+    named = columns.get("weight", [WEIGHT] if WEIGHT in table.names else [])
+    return [table.named(name) for name in named]
+
+
+def _is_weight(number: float) -> bool:
+    """Whether a weight is one whose sums and products are numbers."""
+    return 1e-30 <= number <= 1e30
+
+
 def _weight(cell: str, where: str) -> float:
     with suppress(ValueError):
-        if (weight := float(cell)) == 0 or 1e-30 <= weight <= 1e30:  # whose sums and products are numbers
+        if (weight := float(cell)) == 0 or _is_weight(weight):
             return weight
     raise UserError(f"{where}: the weight is {cell!r}, expected 0 or a number from 1e-30 to 1e30")
 
