@@ -1,9 +1,9 @@
 """`dinoreg curate` and `dinoreg.curate`: a set of images without copies, its clusters evened, by `embed`'s features.
 
 Near-duplicates are groups of images that a chain of cosines above a threshold joins; each is sought among the images of
-its own and the next cluster, where it must be, so that the time grows with n^2 / clusters. Clusters are k-means's; an
-image of a cluster of n is drawn with a weight of n^-balance (with balance 1 every cluster as often as any other, as in
-Vo et al. 2024, "Automatic data curation for self-supervised learning", arXiv 2405.15613, who cluster hierarchically).
+its own and the next cluster, where nearly all lie: the time grows with n^2 / clusters. Clusters are k-means's; an image
+of a cluster of n is drawn with a weight of n^-balance (with balance 1 every cluster as often as any other, as in Vo et
+al. 2024, "Automatic data curation for self-supervised learning", arXiv 2405.15613, who cluster hierarchically).
 The features are in memory once.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 from dinoreg.checkpoint.atomic import replacing, write_atomic
 from dinoreg.commands.options import InspectOptions
 from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.shards import has_pattern
 from dinoreg.data.source import PathSource
 from dinoreg.data.statistics import FEW_IMAGES, config_for, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
@@ -67,9 +68,9 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
     """
     from dinoreg.train.outlook import batch_for  # which needs torch
 
-    path = Path(data if isinstance(data, str) else data[0])
+    path = Path(first := data if isinstance(data, str) else data[0])
     more: list[str] = [reading] if reading else []
-    if any(mark in path.name for mark in "*?[{"):  # shards, called as their folder
+    if has_pattern(first):  # shards, called as their folder
         path = path.parent
     name = path.stem if path.is_file() else path.name.partition(":")[0]
     if is_folder := isinstance(data, str) and os.path.isdir(data):
