@@ -15,6 +15,8 @@ from encoders import small_vit
 from dinoreg.commands.main import main
 from dinoreg.config.bundled import bundled
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
+from dinoreg.evaluation.request import read_request
+from dinoreg.evaluation.runner import preflight
 
 NAMES = sorted(path.stem for path in bundled("eval").glob("*.py"))
 # Cheap ones, of image classes and of boxes without labels; the others take longer and come with --slow.
@@ -104,6 +106,15 @@ def test_an_evaluation_finds_the_planted_answer_and_none_in_shuffled_ones(
 ) -> None:
     planted, shuffled = (run(name, weights, tmp_path / str(kind), kind) for kind in (False, True))
     assert_found(name, planted, shuffled)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_checked_before_the_first_pass_accepts_every_dataset(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path)
+    request = read_request([f"root={tmp_path}", *OWN.get(name, [])])
+    plans, problems = preflight([benchmarks()[name]], request)
+    assert problems == {}
+    assert [plan.benchmark.name for plan in plans] == [name]
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,13 @@ class Split:
     """Images of any kind of ground truth; what checks and caches need to know of them.
 
     HELD    fields of the ground truth that is held in memory
-    PIXELS  (field, what it is called) of the ground truth that lies over the pixels: index -> (H, W, ...)
+    PIXELS  (field, what it is called, its numbers a pixel) of the ground truth that lies over the pixels: index ->
+            (H, W), with several numbers (H, W, numbers)
     """
 
     source: Source
     HELD: ClassVar[tuple[str, ...]] = ()
-    PIXELS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    PIXELS: ClassVar[tuple[tuple[str, str, int], ...]] = ()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -129,7 +130,7 @@ class Segmented(Split):
     mask: Callable[[int], np.ndarray]
     num_classes: int
     stamp: str = ""  # of the masks: changes when they do
-    PIXELS = (("mask", "mask"),)
+    PIXELS = (("mask", "mask", 1),)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class DepthMaps(Split):
     source: Source
     depth: Callable[[int], np.ndarray]
     stamp: str = ""  # of the depth maps: changes when they do
-    PIXELS = (("depth", "depth map"),)
+    PIXELS = (("depth", "depth map", 1),)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class FlowPairs(Split):
     valid: Callable[[int], np.ndarray]
     occluded: Callable[[int], np.ndarray]
     stamp: str = ""  # of the flow files: changes when they do
-    PIXELS = (("flow", "flow"), ("valid", "validity mask"), ("occluded", "occlusion mask"))
+    PIXELS = (("flow", "flow", 2), ("valid", "validity mask", 1), ("occluded", "occlusion mask", 1))
 
     def __len__(self) -> int:
         return len(self.first)

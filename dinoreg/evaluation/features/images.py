@@ -44,15 +44,15 @@ def read_picture(source: Source, index: int) -> Picture:
 
 
 def read_with_truth(split: Split, index: int) -> tuple[Picture, list[np.ndarray]]:
-    """Image `index` of a split, and what lies over its pixels, (height, width) each, in the order of `PIXELS`.
+    """Image `index` of a split, and what lies over its pixels, in the order and the shapes of `PIXELS`.
 
     raises  UserError when one cannot be read or sizes differ
     """
     picture = read_picture(split.source, split.image(index))
     height, width = size_of(picture)
-    truths = [getattr(split, name)(index) for name, _ in split.PIXELS]
-    for (_, what), each in zip(split.PIXELS, truths):
-        if each.shape != (height, width):
+    truths = [getattr(split, name)(index) for name, _, _ in split.PIXELS]
+    for (_, what, numbers), each in zip(split.PIXELS, truths):
+        if each.shape != ((height, width) if numbers == 1 else (height, width, numbers)):
             sizes = f"its {what} is {' x '.join(map(str, each.shape))} pixels, the image {height} x {width}"
             raise UserError(f"{split.source.name(split.image(index))}: {sizes}")
     return picture, truths
