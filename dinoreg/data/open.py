@@ -118,7 +118,7 @@ def _open_files(spec: str, columns: Columns, index_dir: str | os.PathLike[str] |
 
 def _open_shards(shards: Shards, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
     if shards.ending == ".tar":
-        return index_tars(shards.root, index_dir, archives=shards.names)
+        return index_tars(shards, index_dir)
     if shards.ending == ".parquet":
         return index_parquet(shards, columns, index_dir)
     return PathSource(shards.root, PathBlock.of(shards.names))
