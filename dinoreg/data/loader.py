@@ -140,7 +140,7 @@ class _Job:
 
     position: int
     slot: _Slot
-    planned: Future[list[Future[None]]] | None = None  # None without workers
+    planned: Future[list[Future[None]]] = field(init=False)
     ids: np.ndarray = field(init=False)  # (B,)
     epochs: np.ndarray = field(init=False)  # (B,)
     boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
@@ -196,43 +196,28 @@ class _Engine:
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
         self.on_wait: Callable[[float], None] = lambda seconds: None
         self.stopping = False
-        workers = num_workers(self.options.workers, self.device)
-        self.pool: ThreadPoolExecutor | None = None
-        self.threads: list[threading.Thread] = []
-        if workers:
-            self.pool, self.threads = _start_pool(workers)
-        num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
+        workers = max(1, num_workers(self.options.workers, self.device))
+        self.pool, self.threads = _start_pool(workers)
+        num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * workers
         size = -(-self.batch_size // num_parts)
         self.parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
 
     def stop(self) -> None:
         self.stopping = True
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            # An abandoned loader may be collected in a worker, which cannot wait for itself; a read may never end.
-            until = time.monotonic() + _LEAVE
-            for thread in self.threads if threading.current_thread() not in self.threads else ():
-                thread.join(max(0.0, until - time.monotonic()))
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        # An abandoned loader may be collected in a worker, which cannot wait for itself; a read may never end.
+        until = time.monotonic() + _LEAVE
+        for thread in self.threads if threading.current_thread() not in self.threads else ():
+            thread.join(max(0.0, until - time.monotonic()))
 
     def start(self, job: _Job) -> None:
-        """Have the workers prepare a job; without workers, `finish` does."""
-        if self.pool is not None:
-            job.planned = self.pool.submit(self._plan_and_share, job, self.pool)
+        """Have the workers prepare a job."""
+        job.planned = self.pool.submit(self._plan_and_share, job)
 
     def finish(self, job: _Job) -> None:
         """Wait for a job; raises what a worker raised."""
-        if job.planned is not None:
-            for part in self._wait_for(job.planned):
-                self._wait_for(part)
-            return
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
-        try:
-            self._plan(job)
-            for first, last in self.parts:
-                self._fill(job, first, last)
-        finally:
-            torch.set_num_threads(num_threads)
+        for part in self._wait_for(job.planned):
+            self._wait_for(part)
 
     def _wait_for(self, future: Future[T]) -> T:
         started = time.monotonic()
@@ -240,9 +225,9 @@ class _Engine:
             self.on_wait(time.monotonic() - started)
         return future.result()
 
-    def _plan_and_share(self, job: _Job, pool: ThreadPoolExecutor) -> list[Future[None]]:
+    def _plan_and_share(self, job: _Job) -> list[Future[None]]:
         self._plan(job)
-        return [pool.submit(self._fill, job, first, last) for first, last in self.parts]
+        return [self.pool.submit(self._fill, job, first, last) for first, last in self.parts]
 
     def _plan(self, job: _Job) -> None:
         """Draw everything random that a batch needs: ids, boxes, colour changes, masks."""
@@ -347,12 +332,17 @@ def seconds_per_image(source: Source, views: Views, reading: DataConfig, augment
     """
     indices = np.unique(np.linspace(0, len(source) - 1, _TIMED).astype(np.int64))
     chosen, device = ChosenSource(source, indices), torch.device("cpu" if augmented else "meta")
-    engine = _Engine(chosen, views, replace(reading, workers=0), len(indices), 0, device, 0, 1)
+    engine = _Engine(chosen, views, replace(reading, workers=1), len(indices), 0, device, 0, 1)
     seconds = []
-    for _ in range(2):  # the first time pays for what is loaded only once
-        started = time.perf_counter()
-        engine.finish(_Job(0, _Slot(len(indices), views, torch.uint8, pinned=False)))
-        seconds.append((time.perf_counter() - started) / len(indices))
+    try:
+        for _ in range(2):  # the first time pays for what is loaded only once
+            started = time.perf_counter()
+            job = _Job(0, _Slot(len(indices), views, torch.uint8, pinned=False))
+            engine.start(job)
+            engine.finish(job)
+            seconds.append((time.perf_counter() - started) / len(indices))
+    finally:
+        engine.stop()
     return min(seconds)
 
 
@@ -380,8 +370,8 @@ class BatchLoader:
     ) -> None:
         """Start the workers; they prepare nothing before the first batch is asked for.
 
-        reading     workers (0: images are read in the consumer's own thread, when it asks), prefetch, max_bad_fraction
-                    and max_pixels count
+        reading     workers (0: one, which reads when a batch is asked for), prefetch, max_bad_fraction and max_pixels
+                    count
         batch_size  images B of this process; all processes together advance by B * world_size
         position    where to start, a multiple of B * world_size
         deep        keep crops as floats, for data sets of more than eight bits; else they are rounded to bytes
@@ -393,10 +383,10 @@ class BatchLoader:
         self.batch_size, self.max_bad_fraction = batch_size, reading.max_bad_fraction
         self.bad: dict[str, str] = {}
         self._stride = batch_size * world_size
-        self._delivered = self._submitted = position
+        self.position = self._submitted = position  # samples drawn with the last batch, by all processes together
         self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size)
         self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
-        self._ahead = 0 if self._engine.pool is None else reading.prefetch
+        self._ahead = 0 if reading.workers == 0 else reading.prefetch
         pixels = torch.float32 if deep else torch.uint8
         pinned = self.device.type == "cuda"
         self._free = collections.deque(_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1))
@@ -423,11 +413,6 @@ class BatchLoader:
         self._engine.on_wait = call
         return self
 
-    @property
-    def position(self) -> int:
-        """Samples drawn up to and with the last batch handed out, by all processes together."""
-        return self._delivered
-
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
             raise RunError("data: the loader is closed")
@@ -442,7 +427,7 @@ class BatchLoader:
         position = job.position + self._stride
         self._count_bad(job, position)
         batch = self._deliver(job, position)
-        self._delivered = position
+        self.position = position
         self._free.append(job.slot)
         self._submit(self._ahead)  # the workers go on while the caller computes
         batch.data_time = time.perf_counter() - started
