@@ -188,7 +188,7 @@ def test_a_folder_of_pictures_beside_a_table_stays_a_folder_and_a_teaser_beside_
 
 
 def told(found: LabelledImages) -> list[tuple[str, str]]:
-    assert contents(found.source()) == PICTURES
+    assert contents(found.source) == PICTURES
     return [(found.class_names[label], (found.words or [""] * 12)[row]) for row, label in enumerate(found.labels)]
 
 

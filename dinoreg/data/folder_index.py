@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,9 @@ class PathBlock:
         self._ends = np.flatnonzero(self.as_array() == 0)
 
     @classmethod
-    def of(cls, paths: list[str]) -> PathBlock:
+    def of(cls, paths: Iterable[str], passed_over: Mapping[str, int] | None = None) -> PathBlock:
         """The block of these paths; names that are no text keep their bytes."""
-        return cls(b"".join(os.fsencode(path) + b"\0" for path in paths))
+        return cls(b"".join(os.fsencode(path) + b"\0" for path in paths), passed_over)
 
     def as_array(self) -> np.ndarray:
         """(n,) uint8, to be stored in a file of arrays."""

@@ -176,7 +176,7 @@ def _render(index: int, size: int, seed: int) -> np.ndarray:
 
 
 class ScenesSource(Source):
-    """The embedded procedural pictures first..first+count, rendered when read, and kept in memory as far as they fit."""
+    """The embedded procedural pictures first..first+count, rendered when read, kept in memory as far as they fit."""
 
     def __init__(self, count: int = 20_000, size: int = 64, seed: int = 0, first: int = 0) -> None:
         self.count, self.size, self.seed, self.first = count, size, seed, first
