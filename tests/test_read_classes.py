@@ -858,7 +858,7 @@ def test_imagenet_is_a_source_by_split(tmp_path: Path) -> None:
         ("imagenet22k:split=train", "imagenet22k has no option 'split', expected root, skip"),
         ("imagenet1k:root={0},splt=val", "no option 'splt', expected root, split, extra; did you mean split"),
         ("imagenet1k:root={0},split=tran", r"split=tran: expected train or val; did you mean train\?"),
-        ("imagenet1k:root={0},root={0}", "root is given twice"),
+        ("imagenet1k:root={0},root={0}", r"root: given twice \(data=imagenet1k:root="),
         ("imagenet1k:root=/no/such/place", "root=/no/such/place is not a folder"),
         ("imagenet1k:root={0}", r"imagenet1k/train is missing; it comes from ILSVRC2012_img_train\.tar"),
         ("imagenet22k:root={0}", r"imagenet22k/n\[0-9\]\*\.tar is missing; it comes from fall11_whole\.tar"),

@@ -154,9 +154,9 @@ def test_scenes_beyond_the_memory_for_them_are_rendered_again(monkeypatch: pytes
         ([], "empty list"),
         ("missing/folder", "missing/folder does not exist"),
         ("imagenet99:root=/x", "'imagenet99' is not a known kind of source, expected a folder"),
-        ("scenes:colour=3", "no option 'colour', expected count, size, seed"),
-        ("scenes:count=many", "'many' is not a whole number"),
-        ("scenes:count=0", "expected 1 to"),
+        ("scenes:colour=3", r"colour: unknown key \(data=scenes:colour=3\); accepted: count, size, seed"),
+        ("scenes:count=many", "count=many: expected a whole number"),
+        ("scenes:count=0", r"scenes\.count=0: expected a number in \[1, "),
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(spec: str | list[str], what: str) -> None:
