@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class _Array(np.ndarray):
         size = int(np.prod(shape, dtype=object)) * dtype.kind.itemsize
         if not isinstance(raw, bytes) or min(shape, default=0) < 0 or len(raw) != size:
             raise ValueError(f"an array of shape {shape} whose data do not fill it")
-        super().__setstate__((1, shape, dtype.kind, fortran is True, raw))
+        super().__setstate__((1, shape, dtype.kind, fortran is True, raw))  # type: ignore[arg-type]
 
 
 class _Bytes:
@@ -79,8 +79,8 @@ _STAND_INS: Mapping[tuple[str, str], type] = MappingProxyType(
 class _Unpickler(pickle._Unpickler):
     """The unpickler of the standard library that is written in Python, which reserves no memory on a file's word."""
 
-    # Bytearrays take theirs before their data are read.
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # takes its memory before the data are read
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _STAND_INS:
