@@ -10,7 +10,6 @@ included; no published number exists for this probe.
 import os
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,13 @@ from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.files import lines
 from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet22k"
 ARCHIVE = "fall11_whole.tar, a tar of one tar per class (unpacking the inner ones into folders is allowed, not needed)"
 WNID = re.compile(r"n\d{8}")
-CHUNK = 1 << 24  # bytes of names that are looked at together
 RANKS = 1 << 20  # drawn together
-UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every copy; DINOv2 leaves it out too
+UNREADABLE = b"n06470073_47249.JPEG"  # no image at all, in every copy; DINOv2 leaves it out too
 
 
 def read(folder: Path, options: Options) -> Data:
@@ -42,7 +39,7 @@ def read(folder: Path, options: Options) -> Data:
 
     raises  UserError for a folder without classes, and where no class has two images
     """
-    source, names, labels, wnids = _images(folder, options, None)
+    source, names, labels, wnids = _images(folder, None)
     usable = np.flatnonzero(labels >= 0)
     most_held, most_train, seed = (options[key] for key in ("holdout_per_class", "train_per_class", "seed"))
     ranks = _ranks(names, seed)[usable]
@@ -62,7 +59,7 @@ def read(folder: Path, options: Options) -> Data:
     return Data(splits, class_names=wnids, variant=variant)
 
 
-def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
+def _images(folder: Path, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
     """Every file: (source, names, labels (n,) int64, wnids); a label is the rank of the wnid, -1 where left out."""
     source: Source
     if _has(folder, ".tar"):
@@ -77,34 +74,17 @@ def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Sour
     wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))
     ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
     labels = np.array([ranks.get(stem, -1) for stem in stems], dtype=np.int64)[labels]
-    skip = lines(folder / Path(options["skip"]).expanduser(), NAME, f"your own {NAME}.skip") if options["skip"] else []
-    labels[_positions(names, UNREADABLE.union(skip))] = -1
+    if (place := names.block.find(UNREADABLE + b"\0")) >= 0:
+        labels[names.block.count(b"\0", 0, place)] = -1
     if not (labels >= 0).any():
         raise UserError(f"{NAME}: {folder} has no image in a tar or folder named like a class (n01440764)")
     return source, names, labels, wnids
 
 
-def _positions(names: PathBlock, wanted: frozenset[str]) -> list[int]:
-    """Positions of the files of these names, whatever folder they are in."""
-    encoded = {os.fsencode(name) for name in wanted}
-    if len(encoded) < 16 and not any(name in names.block for name in encoded):
-        return []  # the usual case, and quicker than a look at each of 14 million
-    return [index for index, name in enumerate(_own_names(names)) if name in encoded]
-
-
-def _own_names(names: PathBlock) -> Iterator[bytes]:
-    """The names without their folders, in order; never all at once, where they would fill a gigabyte."""
-    start = 0
-    while start < len(names.block):
-        end = names.block.find(b"\0", start + CHUNK) + 1 or len(names.block)
-        for name in names.block[start : end - 1].split(b"\0"):
-            yield name[name.rfind(b"/") + 1 :]
-        start = end
-
-
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:
     """(n,) uint64 that depend on a file's own name and the seed alone."""
-    sums = np.fromiter(map(zlib.crc32, _own_names(names)), dtype=np.uint64, count=len(names))
+    own_names = (os.fsencode(os.path.basename(name)) for name in names)
+    sums = np.fromiter(map(zlib.crc32, own_names), dtype=np.uint64, count=len(names))
     ranks = []
     for some in np.split(sums, range(RANKS, len(sums), RANKS)):
         counters = np.zeros((len(some), 4), dtype=np.uint64)
@@ -128,11 +108,11 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     """
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
     chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find raises the error
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), index_dir)  # find raises the error
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
-PRETRAINING = Pretraining(images, options=("skip",))
+PRETRAINING = Pretraining(images)
 BENCHMARK = Benchmark(
     name=NAME,
     title="ImageNet-22k (fall 2011)",
@@ -147,7 +127,6 @@ BENCHMARK = Benchmark(
         "holdout_per_class": option(10, "images of each class held out to report on, at most half of it", low=1),
         "train_per_class": option(100, "images of each class to train on, at most; 0: all not held out", low=0),
         "seed": option(0, "of the choice of both", low=0),
-        "skip": option("", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
     },
     aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
 )
