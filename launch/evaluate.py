@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
+from dinoreg.jobs.job_type import Group, Job, Plan, Request
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
@@ -69,15 +69,11 @@ def plan(request: Request) -> Plan:
     report = Group(
         "report",
         (("report", str(out / "eval" / f"{step:07d}")),),
-        options={
-            **ONE_PROCESS,
-            "gpus_per_node": None,
-            "time": None if minutes is None else str(min(minutes, REPORT_MINUTES)),
-        },
+        options={"gpus_per_node": None, "time": None if minutes is None else str(min(minutes, REPORT_MINUTES))},
         after=("evaluate",),
         removes=tuple(links),
     )
-    return Plan(out, (Group("evaluate", tuple(commands), options=ONE_PROCESS), report), files, links, (), tuple(notes))
+    return Plan(out, (Group("evaluate", tuple(commands)), report), files, links, notes=tuple(notes))
 
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:

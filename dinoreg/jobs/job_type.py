@@ -5,7 +5,7 @@ dinoreg finds declarations by name or path; they import this module.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
 Arguments = tuple[str, ...]  # of the command `dinoreg`
-ONE_PROCESS: Mapping[str, Any] = {"nodes": 1, "tasks_per_node": 1}  # options of jobs such as reports
 
 
 @dataclass(frozen=True)
@@ -139,34 +138,30 @@ def find_job(name: str) -> Job:
 # Trainings, which several kinds of job submit
 
 
-@dataclass(frozen=True)
-class Training:
-    """A training as a job: run folder, command, the config file that it reads, and runs to delete first."""
+def trainings(name: str, source: str, requests: Iterable[Sequence[str]]) -> Plan:
+    """A plan of one group, `name`, with a training for each of the requests; its folder is the first one's run folder.
 
-    out: Path
-    command: Arguments
-    config_file: Path
-    config_text: str
-    clears: tuple[Path, ...]
+    The first start of a training and its restarts are the same command, independent of later changes of the config
+    file: the resolved config is written to the run's `launch/`. `overwrite=true` takes effect once, at submission.
 
-
-def training(source: str, overrides: Sequence[str]) -> Training:
-    """A training whose first start and restarts are the same command, independent of later changes of the config file.
-
-    The resolved config is written to the run's `launch/`; `overwrite=true` takes effect once, at submission.
-
-    source     a config, as for `load_config`
-    overrides  key=value
-    raises     UserError for everything that `dinoreg pretrain` would refuse before it opens the data
+    source    a config, as for `load_config`
+    requests  key=value of each training
+    raises    UserError for everything that `dinoreg pretrain` would refuse before it opens the data
     """
-    config = load_config(source, overrides)
-    require_complete(config)
-    out = Path(str(config.out))
-    check_out(config, out)
-    clears = (out,) if config.overwrite and run_entries(out) else ()
-    _check_data(config)
-    path = launch_folder(out) / "config.yaml"
-    return Training(out, ("pretrain", str(path), "resume=true"), path, to_yaml(config), clears)
+    runs, files, clears = [], {}, []
+    for overrides in requests:
+        config = load_config(source, overrides)
+        require_complete(config)
+        out = Path(str(config.out))
+        check_out(config, out)
+        if config.overwrite and run_entries(out):
+            clears.append(out)
+        _check_data(config)
+        runs.append(out)
+        files[launch_folder(out) / "config.yaml"] = to_yaml(config)
+    commands = tuple(("pretrain", str(path), "resume=true") for path in files)
+    notes = tuple(f"{folder}: what is there is deleted once the job is accepted" for folder in clears)
+    return Plan(runs[0], (Group(name, commands, tuple(runs)),), files, clears=tuple(clears), notes=notes)
 
 
 def _check_data(config: Config) -> None:
