@@ -30,7 +30,7 @@ from dinoreg.config.load import Config, load_config
 from dinoreg.config.option import keys_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs import slurm
-from dinoreg.jobs.attempt import Attempt, Command, Evaluations
+from dinoreg.jobs.attempt import Attempt, Command
 from dinoreg.jobs.job_type import Plan, Request, find_job, job_files
 from dinoreg.jobs.local_queue import LocalJob, read_state
 from dinoreg.jobs.options import OPTION_NAMES, LaunchOptions, read_time, split_options
@@ -658,15 +658,15 @@ def test_a_checkpoint_sends_its_evaluation_off_and_never_fails(
     command = Command(
         run_verb, *(("pretrain", "x"), str(in_job), str(in_job.parent)), evaluate=("status-of-nothing", "a b")
     )
-    evaluations = Evaluations(Attempt(command))
+    attempt = Attempt(command)
     begun = time.monotonic()
-    evaluations.send(5, Path("teacher/step_0000005.safetensors"))
+    attempt.evaluate(5, Path("teacher/step_0000005.safetensors"))
     assert time.monotonic() - begun < 1
-    evaluations.finish(60)
+    attempt.finish_submissions(60)
     said = (in_job / "local1.0_evaluate.log").read_text()
     assert "launch: status-of-nothing: unknown job" in said
-    broken = Evaluations(Attempt(Command(run_verb, ("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets"))))
-    broken.send(5, Path("teacher"))
+    broken = Attempt(Command(run_verb, ("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets")))
+    broken.evaluate(5, Path("teacher"))
     assert "step 5 is not evaluated" in capsys.readouterr().err
 
 
@@ -687,8 +687,6 @@ def record(job: str = "12", **changed: Any) -> Record:
         "run": "run",
         "after": [],
         "runner": [],
-        "code": "",
-        "directory": "",
         "time": 0.0,
     }
     return Record(**{**values, **changed})

@@ -37,8 +37,6 @@ class Record:
     run        run folder of a training; "" for other commands
     after      jobs that it depends on
     runner     [process id, start time] of the local runner; [] on Slurm
-    code       folder of the package that it runs
-    directory  working folder
     time       of submission, seconds since 1970
     """
 
@@ -53,8 +51,6 @@ class Record:
     run: str
     after: list[str]
     runner: list[int]
-    code: str
-    directory: str
     time: float
 
     @property

@@ -122,6 +122,7 @@ class _Submission:
         self.kind, self.plan, self.settings, self.run_verb = kind, plan, settings, run_verb
         self.options = settings[plan.groups[0].name]
         self.launch = launch_folder(plan.folder).absolute()
+        self.commands = {group.name: self._commands(group) for group in plan.groups}
         self.undo = contextlib.ExitStack()
         self.submitted: dict[str, list[str]] = {}
 
@@ -180,12 +181,10 @@ class _Submission:
                 run=command.run,
                 after=self._dependencies(group),
                 runner=runner,
-                code=str(self.code),
-                directory=str(Path.cwd()),
                 time=time.time(),
             )
             for group in self.plan.groups
-            for job, command in zip(self.submitted[group.name], self._commands(group))
+            for job, command in zip(self.submitted[group.name], self.commands[group.name])
         ]
 
     def _dependencies(self, group: Group) -> list[str]:
@@ -210,8 +209,7 @@ class _Submission:
         self.undo.callback(self._cancel)
         for group in self.plan.groups:
             after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # arrays as a whole
-            jobs = self.submitted[group.name] = []
-            commands = self._commands(group)
+            jobs, commands = self.submitted.setdefault(group.name, []), self.commands[group.name]
             for size in _array_sizes(group):
                 executor = slurm.make_executor(self.launch, self.settings[group.name], self.code, after, size)
                 jobs += slurm.submit(executor, commands[len(jobs) : len(jobs) + size])
@@ -226,8 +224,7 @@ class _Submission:
         local_jobs: list[local.LocalJob] = []
         python = slurm.interpreter(self.options, self.launch, self.code)
         for group in self.plan.groups:
-            options = self.settings[group.name]
-            commands = self._commands(group)
+            options, commands = self.settings[group.name], self.commands[group.name]
             name = f"local{number}.{len(self.submitted)}"
             jobs = [name] if len(commands) == 1 else [f"{name}_{index}" for index in range(len(commands))]
             for job, command in zip(jobs, commands):
