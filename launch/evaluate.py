@@ -31,19 +31,17 @@ def plan(request: Request) -> Plan:
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.checkpoint.steps import PROBED
     from dinoreg.evaluation.request import read_request
-    from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
     weights = evaluation.options.weights
     if weights is None:
         raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or random:NAME")
+    request.check(("eval", request.source, *request.overrides))
     request.require_one_process("a dataset is evaluated by one")
     chosen, notes = datasets(request.source, evaluation)
 
     file = find_weights(weights)
-    if file is None and random_name(weights) is None and not weights.startswith("timm:"):
-        raise not_there(weights)
     run = run_of(file) if file is not None else None
     links: dict[Path, Path] = {}
     files: dict[Path, str] = {}

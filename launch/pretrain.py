@@ -19,7 +19,7 @@ INHERITED = ("cluster", *PLACEMENT, "setup", "python", "code")
 def plan(request: Request) -> Plan:
     """One job that trains, of all its processes; UserError for what is wrong with the request."""
     overrides = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
-    found = trainings("pretrain", request.source, [overrides])
+    found = trainings("pretrain", request, [overrides])
     (group,) = found.groups
     return replace(found, groups=(replace(group, evaluate=evaluation(request)),))
 

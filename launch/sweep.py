@@ -28,18 +28,18 @@ def plan(request: Request) -> Plan:
     if out is None:
         raise UserError("out: missing; say where the runs' folders go, for example out=runs/sweep")
     shared = [item for item in request.without("out") if not item.startswith("sweep.")]
-    requests = []
+    runs = []
     for values in itertools.product(*grid.values()):
         chosen = [f"{key}={value}" for key, value in zip(grid, values)]
-        requests.append([*shared, *chosen, f"out={Path(out) / run_name(chosen)}"])
-    found = trainings("sweep", request.source, requests)
+        runs.append([*shared, *chosen, f"out={Path(out) / run_name(chosen)}"])
+    found = trainings("sweep", request, runs)
     report = Group(
         "report",
         (("report", out, f"out={Path(out) / 'compare.html'}"),),
         options={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None},
         after=("sweep",),
     )
-    note = f"{len(requests)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}"
+    note = f"{len(runs)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}"
     return replace(found, folder=Path(out), groups=(*found.groups, report), notes=(note, *found.notes))
 
 

@@ -157,7 +157,7 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN, LOCAL, "data=nowhere"], "data: given twice"),
         (
             ["launch", "pretrain", "quickstart", "data=nowhere", "out=run", LOCAL],
-            "data=nowhere: no such file or folder",
+            "data: nowhere does not exist, expected a folder",
         ),
         (
             ["launch", "pretrain", "quickstart", "data=scenes", "out=full", LOCAL],
@@ -385,14 +385,13 @@ def test_another_code_is_another_copy_and_the_first_stays(monkeypatch: pytest.Mo
     first = copy_package(Path("code"))
     from dinoreg.jobs import snapshot
 
-    files = snapshot.package_files()
-    extra = Path("extra.py")
-    extra.write_text("x = 1\n")
-    monkeypatch.setattr(snapshot, "package_files", lambda: {**files, "dinoreg/extra.py": extra})
+    Path("extra").mkdir()
+    Path("extra/extra.py").write_text("x = 1\n")
+    monkeypatch.setitem(snapshot.FOLDERS, "dinoreg/extra", Path("extra"))
     second = copy_package(Path("code"))
     assert second != first
     assert first.is_dir()
-    assert (second / "dinoreg" / "extra.py").read_text() == "x = 1\n"
+    assert (second / "dinoreg/extra/extra.py").read_text() == "x = 1\n"
 
 
 def test_signals_are_held_back_until_a_job_takes_them(tmp_path: Path) -> None:
@@ -678,7 +677,6 @@ def record(job: str = "12", **changed: Any) -> Record:
     values: dict[str, Any] = {
         "job": job,
         "launch": 1,
-        "kind": "pretrain",
         "group": "pretrain",
         "cluster": "slurm",
         "command": ["pretrain", "run/launch/config.yaml", "resume=true"],

@@ -111,16 +111,13 @@ def make_executor(
         mounts = _mounts(options, launch, code)
         srun_args += [f"--container-image={options.container}", f"--container-mounts={mounts}"]
         srun_args.append(f"--container-workdir={Path.cwd()}")
-    same_names = ("nodes", "mem", *PLACEMENT)
-    parameters = {key: value for key in same_names if (value := getattr(options, key)) is not None}
-    extra: dict[str, Any] = {"requeue": True}
-    if "reservation" in parameters:  # submitit does not know it
-        extra["reservation"] = parameters.pop("reservation")
+    extra = {key: value for key in ("mem", *PLACEMENT) if (value := getattr(options, key)) is not None}
+    extra["requeue"] = True
     for item in options.extra_args:
         key, separator, value = item.partition("=")
         extra[key] = value if separator else True
     executor.update_parameters(
-        **parameters,
+        nodes=options.nodes,
         cpus_per_task=options.cores,
         job_name=options.name,
         ntasks_per_node=options.tasks,

@@ -116,7 +116,7 @@ def describe(folder: str | Path) -> list[str]:
         else:
             counts = ", ".join(f"{count} {state}" for state, count in Counter(each.state for each in jobs).items())
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(jobs[0].record.time))
-            lines.append(f"launch {number} ({jobs[0].record.kind}, {when}): {counts}")
+            lines.append(f"launch {number} ({jobs[0].record.group}, {when}): {counts}")
     return lines
 
 
