@@ -98,10 +98,7 @@ def test_the_tolerance_is_that_of_rounding_itself(tmp_path: Path) -> None:
         state, losses = setup.new_state(), []
         with setup.batches(state) as batches:
             for step in range(50):
-                result = train_step(
-                    state, next(batches), setup.schedules.at(step), loss=setup.config.loss, dtype=torch.float32,
-                    optim=setup.config.optim, seed=0,
-                )  # fmt: skip
+                result = train_step(state, next(batches), setup.schedules.at(step))
                 losses.append(float(result.losses["total"]))
         return losses
 
@@ -425,7 +422,7 @@ def test_fewer_devices_than_processes_are_refused() -> None:
 def test_the_anchor_of_parts_is_that_of_the_whole() -> None:
     torch.manual_seed(0)
     cls, patches, cls_there, patches_there = (torch.randn(n, 5) for n in (4, 9, 4, 9))
-    whole = anchor_loss(cls, patches, cls_there, patches_there)
+    whole = anchor_loss(cls, patches, cls_there, patches_there, torch.tensor(9.0))
     parts = [
         anchor_loss(cls[a:b], patches[c:d], cls_there[a:b], patches_there[c:d], torch.tensor(4.5))
         for a, b, c, d in ((0, 2, 0, 3), (2, 4, 3, 9))

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoreg.distributed.failures import Peers
-from dinoreg.distributed.waiting import announced
+from dinoreg.distributed.waiting import Meetings, Place
 from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
@@ -247,21 +246,6 @@ def is_collective_failure(error: BaseException) -> bool:
 # A process's place
 
 
-@dataclass(frozen=True)
-class Place:
-    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens.
-
-    told_by  the environment variable that says how many processes there are
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str
-    port: int
-    told_by: str = "WORLD_SIZE"
-
-
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place that torchrun or srun gave this process; None for a single process.
 
@@ -396,43 +380,22 @@ def _join(place: Place, device: str, timeout: float) -> None:
     )
     # Else NCCL's monitor asks rank 0 every second for a dump that nobody reads, and reports at length when it is gone.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    meeting = _meetings.setdefault((place.address, place.port), _Meeting())
-    why = f"{place.told_by}={place.world_size}"
+    meetings = _meetings.setdefault((place.address, place.port), Meetings())
     try:
-        with announced(place.rank, place.world_size, place.address, place.port, why, meeting.sessions):
-            dist.init_process_group(
-                "cuda:nccl,cpu:gloo" if cuda else "gloo",
-                store=meeting.next_store(timedelta(seconds=timeout)),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
-            )
-    except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        meeting.store = None  # another attempt needs a new store
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if cuda else "gloo",
+            store=meetings.next_store(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # DistError is a RuntimeError
+        meetings.store = None  # another attempt needs a new one
         where = f"{place.address}:{place.port} within {timeout:.0f} s ({str(error).splitlines()[0][:200]})"
         raise RunError(f"rank {place.rank} of {place.world_size} could not meet the others at {where}") from None
 
 
-@dataclass
-class _Meeting:
-    """The store through which this process meets the others, and the number of sessions so far.
-
-    The store outlives a session: otherwise a process that is ahead would find it closing at its next session.
-    """
-
-    store: dist.Store | None = None
-    sessions: int = 0
-
-    def next_store(self, timeout: timedelta) -> dist.Store:
-        """The store under a new prefix, so that a session does not find the addresses of earlier ones."""
-        if self.store is None:
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        self.store.set_timeout(timeout)
-        self.sessions += 1
-        return dist.PrefixStore(f"dinoreg-{self.sessions}", self.store)
-
-
-_meetings: dict[tuple[str, int], _Meeting] = {}  # by address and port
+_meetings: dict[tuple[str, int], Meetings] = {}  # by address and port
 
 
 def _check_devices(device: str, ranks: Ranks) -> None:

@@ -85,20 +85,9 @@ def soft_cross_entropy(
     weights       (n,)     factor of each row; None: 1 for all
     mass                   of every target, where the caller knows it: saves reading them once; None: their sums
     returns       ()       float32 (float64 for float64 logits): the sum in nats, not a mean
-    raises                 ValueError for shapes that do not fit one another
 
     Only the logits get a gradient, in their own dtype; there is no second derivative.
     """
-    num_targets = targets.shape[0]
-    if logits.shape[1] != targets.shape[1] or logits.shape[0] % max(1, num_targets):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}: "
-            "expected equal widths and a whole number of logits rows for each target"
-        )
-    if num_targets == 0 and logits.shape[0]:
-        raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
-    if weights is not None and weights.shape != logits.shape[:1]:
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
     return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights, mass)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import rankme
+from dinoreg.losses.paka import LEAST_OVERLAP
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
@@ -138,6 +139,12 @@ def _stale_data(x: Signals) -> Iterator[str]:
 def _mask_ratio(x: Signals) -> Iterator[str]:
     if not math.isnan(x["ibot_loss"]) and not 0.02 <= x["masked"] <= 0.8:
         yield f"{x['masked']:.0%} of the patches of a masked crop are hidden (DINOv2: 10 % to 50 %)"
+
+
+@_rule("Lower crops.local_scale or raise crops.global_scale, or set loss.paka_weight=0.")
+def _apart_crops(x: Signals) -> Iterator[str]:
+    if x["paka_loss"] == 0:
+        yield f"no local crop lies by {LEAST_OVERLAP:.0%} in a global one: loss.paka_weight has nothing to align"
 
 
 @_rule("Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.")

@@ -134,9 +134,7 @@ def train(
             last = state.step + 1 == num_steps
             if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
-            result = train_step(
-                state, batch, now, loss=config.loss, optim=config.optim, dtype=setup.dtype, seed=config.seed
-            )
+            result = train_step(state, batch, now)
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)
             if logs_now:  # the one place that waits for the device
