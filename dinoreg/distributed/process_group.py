@@ -25,7 +25,6 @@ from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
 _NCCL_GRACE_SECONDS = 120.0
-_ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,7 +89,6 @@ class Ranks:
         """(n, …) of each process -> (G·n, …), in the order of the ranks; `tensor` itself on one process. No gradient.
 
         group_size  number G of consecutive ranks that gather among themselves, a divisor of world_size; None: all
-        raises      UserError where the processes do not divide into such groups
         """
         size = self.world_size if group_size is None else group_size
         if size == 1:
@@ -106,8 +104,6 @@ class Ranks:
         """The process group of this rank's `size` consecutive ranks; None, the default group, for all."""
         if size == self.world_size:
             return None
-        if self.world_size % size:
-            raise UserError(f"{self.world_size} processes do not divide into groups of {size}")
         if size not in self._subgroups:
             self._subgroups[size], _ = dist.new_subgroups(size)
         return self._subgroups[size]
@@ -280,25 +276,6 @@ def int_of(environment: Mapping[str, str], name: str, default: int = 0) -> int:
         raise UserError(f"{name}={text}: expected a whole number in the environment") from None
 
 
-def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -> int:
-    """The index of a process's CUDA device.
-
-    local_rank        the process's rank on its machine
-    device_count      devices that the process can see
-    local_world_size  processes on the machine, for the message
-    raises            UserError where the machine has fewer devices than processes
-
-    A scheduler that binds each process to one device shows it that device alone, as number 0; that no two processes
-    share it is checked later, by `session`.
-    """
-    if local_rank < device_count:
-        return local_rank
-    if device_count == 1:
-        return 0
-    what = f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices"
-    raise UserError(f"{what}; {_ASK_FOR_FEWER}")
-
-
 def is_main_process() -> bool:
     """Whether this process is rank 0 by its environment, for use where no session is open; a single process is."""
     place = place_from_environment()
@@ -373,8 +350,8 @@ def _leave(ranks: Ranks, owns_group: bool, healthy: bool) -> None:
 def _join(place: Place, device: str, timeout: float) -> None:
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda and torch.cuda.is_available():
-        local_world_size = int_of(os.environ, "LOCAL_WORLD_SIZE", place.world_size)
-        torch.cuda.set_device(pick_cuda_index(place.local_rank, torch.cuda.device_count(), local_world_size))
+        # A scheduler may show each process one device alone; that no two share one is checked once they have met.
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     os.environ.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.address, MASTER_PORT=str(place.port)
     )
@@ -406,4 +383,5 @@ def _check_devices(device: str, ranks: Ranks) -> None:
     sharing = [rank for rank, other in enumerate(ranks.gather_objects(own)) if other == own]
     if len(sharing) > 1:
         what = "share one CUDA device: their machine has fewer devices than processes"
-        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {_ASK_FOR_FEWER}")
+        do = "ask for as many processes as there are devices (or device=cpu)"
+        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {do}")

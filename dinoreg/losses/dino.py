@@ -111,11 +111,8 @@ def dino_loss(
     count of local pairs to at least 1 and would divide by 3, in a case that it cannot run.
     """
     batch_size = targets.shape[0] // 2
-    if targets.shape[0] != 2 * batch_size or batch_size == 0 or student_global.shape[0] != 2 * batch_size:
-        raise ValueError(
-            f"student_global {tuple(student_global.shape)} and targets {tuple(targets.shape)}: "
-            "expected the same even number of rows, two for each image"
-        )
+    if not 0 < 2 * batch_size == len(targets) == len(student_global):
+        raise ValueError(f"student_global and targets: expected two rows an image; {len(student_global), len(targets)}")
     num_local_rows = 0 if student_local is None else student_local.shape[0]
     if num_local_rows % batch_size:
         raise ValueError(f"student_local has {num_local_rows} rows; expected a multiple of {batch_size} images")

@@ -378,9 +378,6 @@ def train_step(state: TrainState, batch: Batch, now: Now) -> StepResult:
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:
-    """As torch.amp: halve on overflow, down to 1, double after 2000 finite steps."""
-    grown = state.scale_age + 1 >= 2000
-    larger = torch.where(grown, state.loss_scale * 2.0, state.loss_scale)
-    smaller = (state.loss_scale * 0.5).clamp(min=1.0)
-    state.loss_scale = torch.where(accepted.bool(), larger, smaller)
-    state.scale_age = torch.where(accepted.bool() & ~grown, state.scale_age + 1, 0)
+    """As torch.amp: halve on overflow, but down to 1 only, double after 2000 finite steps."""
+    torch._amp_update_scale_(state.loss_scale, state.scale_age, 1.0 - accepted, 2.0, 0.5, 2000)
+    state.loss_scale.clamp_(min=1.0)
