@@ -6,6 +6,7 @@ The lowest of those that are there says who is missing.
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,7 +46,7 @@ class Meetings:
     def next_store(self, place: Place, timeout: float) -> dist.Store:
         """The store, once all processes are there, under a prefix that no other session has.
 
-        raises OSError or dist.DistError where they are not within `timeout` seconds
+        raises TimeoutError where they are not within `timeout` seconds, dist.DistError for a store that is lost
         """
         self.count += 1
         # torchrun's store is that of its own processes, and of all attempts.
@@ -53,32 +54,27 @@ class Meetings:
         serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         keys = [f"{prefix}-{rank}" for rank in range(place.world_size)]
         until, say = time.monotonic() + timeout, time.monotonic() + FIRST_SECONDS
+        where, options = (place.address, place.port), {"wait_for_workers": False, "multi_tenant": True}
         while True:
-            try:
+            with suppress(OSError):
                 if self.store is None:
                     if not serves:  # refused at once, where the store tries on and on
-                        socket.create_connection((place.address, place.port), timeout=3.0).close()
-                    self.store = dist.TCPStore(
-                        place.address, place.port, is_master=serves, wait_for_workers=False, multi_tenant=True
-                    )
+                        socket.create_connection(where, timeout=3.0).close()
+                    self.store = dist.TCPStore(*where, None, serves, timedelta(seconds=timeout), **options)
                 self.store.set(keys[place.rank], "")
-                self.store.wait(keys, timedelta(seconds=max(0.1, min(say, until) - time.monotonic())))
-                self.store.set_timeout(timedelta(seconds=timeout))
-                return dist.PrefixStore(prefix, self.store)
-            except (OSError, dist.DistStoreError):  # rank 0 is not there, or some other one
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(0.1)
-            if time.monotonic() >= say:
-                self._name_missing(place, keys)
-                say += AGAIN_SECONDS
-
-    def _name_missing(self, place: Place, keys: list[str]) -> None:
-        here = {rank for rank, key in enumerate(keys) if rank == place.rank or (self.store and self.store.check([key]))}
-        missing = [rank for rank in range(place.world_size) if rank not in here]
-        if missing and min(here) == place.rank:
-            ranks = f"rank{'s' if len(missing) > 1 else ''} {listed(missing, 8)}"
-            where = "" if 0 in here else f" at {place.address}:{place.port}"
-            why = f"{place.told_by}={place.world_size}"
-            line = f"rank {place.rank} of {place.world_size} waits for {ranks}{where} ({why})"
-            print_status(f"{line}; is this process alone? start it with WORLD_SIZE=1")
+                if self.store.check(keys):
+                    return dist.PrefixStore(prefix, self.store)
+            now = time.monotonic()
+            if now >= min(until, say):
+                here = {rank for rank, key in enumerate(keys) if self.store is not None and self.store.check([key])}
+                here |= {place.rank}
+                missing = listed((rank for rank in range(place.world_size) if rank not in here), 8)
+                if now >= until:
+                    raise TimeoutError(f"missing: {missing}")
+                if min(here) == place.rank:
+                    what = f"rank {place.rank} of {place.world_size} waits for rank {missing}"
+                    at = "" if 0 in here else f" at {place.address}:{place.port}"
+                    why = f"{place.told_by}={place.world_size}"
+                    print_status(f"{what}{at} ({why}); is this process alone? start it with WORLD_SIZE=1")
+                say = now + AGAIN_SECONDS
+            time.sleep(0.2)
