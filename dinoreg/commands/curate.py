@@ -49,9 +49,6 @@ class Curation(WithPage):
     root: str
     record: dict[str, Any]
 
-    def __repr__(self) -> str:
-        return f"<curation: {self.record['kept']:,} of {self.record['images']:,} images, {self.list}>"
-
 
 def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
     """Curate images by their features; the same as `dinoreg curate features=… out=… key=value …`.

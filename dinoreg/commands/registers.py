@@ -52,10 +52,6 @@ class RegisterReport(WithPage):
         """{model: its figures in words}"""
         return {each.record["name"]: judge(each.record) for each in self.measured}
 
-    def __repr__(self) -> str:
-        said = "; ".join(f"{name}: {words.headline}" for name, words in self.verdicts.items())
-        return f"<registers on {self.measured[0].record['images']:,} images: {said}>"
-
 
 def registers(weights: str | Path | Sequence[str], images: str | Path, **options: Any) -> RegisterReport:
     """What registers do in one model or several; the same as `dinoreg registers weights=… images=… key=value …`.
