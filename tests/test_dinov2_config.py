@@ -333,11 +333,10 @@ FOREIGN = {
          {distillation: {enabled: true, full_cfg_path: a.yaml}, dino: {head_n_prototypes: 65536}},
          {crops: {global_crops_size: 256, gram_teacher_crops_size: 512}}]
     """,
-    "lightly-train": "[{out: a, data: b, model: dinov2/vits14, method: dinov2, method_args: {warmup: 3}, epochs: 9}]",
-    "mmpretrain": "[{Collections: [{Name: MAE}], Models: [{Name: mae_vit-base}]}, {_base_: [a.py], default_scope: mm}]",
-    "VISSL": "[{config: {VERBOSE: false, DATA: {TRAIN: {BATCHSIZE_PER_REPLICA: 64}}, OPTIMIZER: {num_epochs: 300}}}]",
     "neither dinoreg's nor dinov2's": """
-        [{path: coco, train: images/train, val: images/val, names: {0: person, 1: bicycle}},
+        [{Collections: [{Name: MAE}], Models: [{Name: mae_vit-base}], _base_: [a.py], default_scope: mm},
+         {config: {VERBOSE: false, DATA: {TRAIN: {BATCHSIZE_PER_REPLICA: 64}}, OPTIMIZER: {num_epochs: 300}}},
+         {path: coco, train: images/train, val: images/val, names: {0: person, 1: bicycle}},
          {name: env, channels: [pytorch], dependencies: [python, pip]},
          {train: {bs: 3, iterations: 7, amp: true, log: 3}}]
     """,
