@@ -19,9 +19,8 @@ from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.guide import Verbatim, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.parallel import parallel, show_progress
 from dinoreg.runtime.printable import listed, print_status
-from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
 SMALL_BATCH = 64  # of configs/small.yaml
