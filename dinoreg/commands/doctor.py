@@ -61,7 +61,7 @@ def _machine_rows(machine: dict[str, Any]) -> list[Row]:
     bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[machine["cpu_bf16"]]
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
     cores = f"{machine['cores']} of {os.cpu_count()} cores usable"
-    rows = [
+    return [
         ("dinoreg", "ok", f"{machine['dinoreg']}{commit}"),
         ("python", "ok", f"{machine['python']} ({machine['executable']})"),
         ("system", "", machine["platform"]),
@@ -69,10 +69,6 @@ def _machine_rows(machine: dict[str, Any]) -> list[Row]:
         ("memory", "", f"{machine['memory_gib']} GiB, {machine['free_memory_gib']} GiB free for this process"),
         ("free disk", "problem" if machine["free_disk_gib"] < 1 else "", f"{machine['free_disk_gib']} GiB here"),
     ]
-    malloc = {name: value for name, value in machine["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
-    shown = ", ".join(f"{name}={value}" for name, value in malloc.items())
-    rows.append(("allocator", "", shown or "freed memory is kept by runs on the CPU (DINOREG_MALLOC=0 turns it off)"))
-    return rows
 
 
 def _package_rows(machine: dict[str, Any]) -> list[Row]:
@@ -82,28 +78,24 @@ def _package_rows(machine: dict[str, Any]) -> list[Row]:
 
 def _optional_rows() -> list[Row]:
     optional = [row for row in DEPENDENCIES if row.extra not in ("core", "docs", "test")]
-    absent = [row.name for row in DEPENDENCIES if row.extra in ("docs", "test") and version(row.name) is None]
-    tests = ("missing", f"{', '.join(absent)}: {install(absent[0])}") if absent else ("ok", "everything that they need")
-    return [*((row.name, *_package(row, version(row.name))) for row in optional), ("the tests", *tests)]
+    return [(row.name, *_package(row, version(row.name))) for row in optional]
 
 
 def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
     """Mark and text: whether the package is installed and can be imported; of xformers, whether its kernels load."""
-    through_torch = "attention runs through PyTorch (same numbers)"
-    if installed is None and row.name == "xformers":
-        return "missing", through_torch
-    if installed is None and row.extra == "core":
-        return "problem", f"not installed: {install(row.name)}"
-    if installed is None:
-        return "missing", f"for {row.purpose}: {install(row.name)}"
     purpose = "" if row.extra == "core" else f", for {row.purpose}"
-    if row.name in SLOW_IMPORTS:
+    mark = "missing" if installed is None and purpose else "problem"
+    if installed is None:
+        found = f"not installed{purpose}: {install(row.name)}"
+    elif row.name in SLOW_IMPORTS:
         return "ok", f"{installed} (not tried: its import takes seconds){purpose}"
-    problem = _problem(row)
+    elif problem := _problem(row):
+        found = f"{installed}: {problem}{purpose}"
+    else:
+        return "ok", f"{installed}{purpose}"
     if row.name == "xformers":  # without which everything works
-        loads = f"{installed}, its kernels load"
-        return ("missing", f"{installed} does not load ({problem}): {through_torch}") if problem else ("ok", loads)
-    return ("problem", f"{installed}: {problem}{purpose}") if problem else ("ok", f"{installed}{purpose}")
+        return "missing", f"{found}; attention runs through PyTorch (same numbers)"
+    return mark, found
 
 
 def _problem(row: Dependency) -> str | None:
@@ -127,13 +119,11 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
         rows.append((f"cuda:{index}", "ok", f"{device['name']}, {size}, {bf16}"))
     if not rows:
         rows.append(("cuda", "missing", "no CUDA device: runs use the CPU (everything works, slowly)"))
-    attention = machine["attention"]
-    if attention is None:
+    if (attention := machine["attention"]) is None:
         return [*rows, ("attention", "", "runs through PyTorch; xformers' kernels need CUDA")]
     through, reason = f"runs through {attention['backend']}", attention["reason"]
-    if reason is None:
-        return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
-    return [*rows, ("attention", "missing", f"{through} (same numbers); {reason}")]
+    found = ("missing", f"{through} (same numbers); {reason}") if reason else ("ok", f"{through}: tried both ways")
+    return [*rows, ("attention", *found)]
 
 
 # What PyTorch, the C++ library and the system say.
@@ -168,6 +158,15 @@ def explain(error: BaseException) -> str | None:
             "model.dim or head.prototypes; dinoreg plan says what a run needs"
         )
     return None
+
+
+def explain_error(error: BaseException, hint: str = "") -> str:
+    """One line about an error: a known cause with its remedy, or a file and why; else type, text and `hint`."""
+    if known := explain(error):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {one_line(error)}{hint}"
 
 
 # ------------------------------------------------------------------------------------------------------------

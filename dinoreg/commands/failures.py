@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dinoreg.commands.doctor import explain_error
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 from dinoreg.runtime.regular_files import open_to_append
 
@@ -42,14 +43,3 @@ def running(out: str | None) -> Iterator[None]:
         if os.environ.get("DINOREG_DEBUG") == "1":
             traceback.print_exc()
         raise RunError(f"{explain_error(error)} (traceback: {log})") from error
-
-
-def explain_error(error: BaseException, hint: str = "") -> str:
-    """One line about an error: a known cause with its remedy, or a file and why; else type, text and `hint`."""
-    from dinoreg.commands.doctor import explain
-
-    if known := explain(error):
-        return known
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {one_line(error)}{hint}"
