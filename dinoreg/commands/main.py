@@ -12,16 +12,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from dinoreg.commands.arguments import VERB_NAMES, canonical
 from dinoreg.commands.completion import candidates
-from dinoreg.commands.failures import explain_error
+from dinoreg.commands.doctor import explain_error
 from dinoreg.commands.help import overview, verb_help
 from dinoreg.commands.registry import VERBS, run_verb
-from dinoreg.commands.spelling import VERB_NAMES, canonical, corrected
 from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.commands.watch import watch
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            print_status(f"dinoreg: {corrected(error, arguments)}")
+            print_status(f"dinoreg: {one_line(error)}")
         if isinstance(error, Interrupted):
             return 128 + error.signal_number
         return REFUSED if isinstance(error, UserError) else FAILED

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.commands import options as keys
-from dinoreg.commands.arguments import Verb, config_and_options, read_options, source_and_overrides
+from dinoreg.commands.arguments import (
+    Verb,
+    check_early,
+    config_and_options,
+    given_by,
+    read_options,
+    source_and_overrides,
+)
 from dinoreg.commands.completion import SHELLS, script_of
-from dinoreg.commands.early import check_early, given_by
 from dinoreg.commands.failures import running
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
 from dinoreg.config.option import split_texts
@@ -18,7 +24,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.guide import Verbatim, next_commands, next_lines, repeated
+from dinoreg.runtime.guide import Verbatim, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
 
@@ -40,10 +46,6 @@ def _quickstart(options: keys.QuickstartOptions) -> None:
 
 
 def _load_config(arguments: list[str]) -> Config:
-    first = Path(arguments[0]) if arguments else Path()
-    if arguments and first.is_dir() and not (first / "config.yaml").exists():
-        said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
-        raise UserError(f"pretrain: {first} is a folder without config.yaml; Write: {next_commands('folder', said)[0]}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
