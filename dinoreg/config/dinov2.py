@@ -59,8 +59,6 @@ KEYS: dict[str, Key] = {
     "ibot.head_nlayers": Key(3),
     "ibot.head_hidden_dim": Key(2048),
     "train.batch_size_per_gpu": Key(64, "batch_size"),
-    "train.dataset_path": Key("ImageNet:split=TRAIN"),
-    "train.output_dir": Key("."),
     "train.seed": Key(0, "seed"),
     "train.num_workers": Key(10, "data.workers"),
     "train.OFFICIAL_EPOCH_LENGTH": Key(1250, number=True),
@@ -114,6 +112,8 @@ QUIRKS: dict[str, Any] = {
 # Keys of dinov2's files without effect here, and why.
 DEAD: dict[str, str] = {
     "compute_precision.*": "precision and sharding follow precision= and the device",
+    "train.dataset_path": "data= names the images",
+    "train.output_dir": "out= names the run folder",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",
     "train.cache_dataset": "the file index is always kept; images are never",
     "student.block_chunks": "blocks are one flat list; chunked weights are read all the same",
@@ -206,24 +206,19 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
     ]
-    ours |= _ibot_head(values, content, dead) | _places(values, notes)
-    return Translation(ours, dead, notes)
+    if init := values["student.pretrained_weights"] or values["MODEL.WEIGHTS"]:
+        ours["init"] = init
+        notes.append(f"init={init} is loaded strictly (the reference skips what does not fit)")
+    return Translation(ours | _ibot_head(values, content, dead), dead, notes)
 
 
 def _long_warmups(values: Mapping[str, Any], epochs: float) -> list[str]:
-    """Remarks on what takes longer than the run, by dinov2's keys; UserError where dinov2 does not run, either."""
+    """A remark where the temperature rises for longer than the run; UserError where the learning rate does."""
     warmup, temp = values["optim.warmup_epochs"], values["teacher.warmup_teacher_temp_epochs"]
     if warmup > epochs:
         raise UserError(f"optim.warmup_epochs={warmup:g}: expected at most optim.epochs={epochs:g}, as in dinov2")
-    notes = []
-    if temp > epochs:
-        notes.append(
-            f"teacher.warmup_teacher_temp_epochs={temp:g} is longer than the run of {epochs:g} epochs, which, as in "
-            f"dinov2, ends before teacher.teacher_temp={values['teacher.teacher_temp']:g} is reached"
-        )
-    if values["optim.freeze_last_layer_epochs"] >= epochs:
-        notes.append(f"optim.freeze_last_layer_epochs: the last layers do not move in a run of {epochs:g} epochs")
-    return notes
+    reached = f"teacher.teacher_temp={values['teacher.teacher_temp']:g} is not reached in {epochs:g} epochs"
+    return [f"teacher.warmup_teacher_temp_epochs={temp:g}: {reached}, as in dinov2"] if temp > epochs else []
 
 
 def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:
@@ -236,32 +231,6 @@ def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list
             raise UserError(f"ibot.{name}={values[f'ibot.{name}']}: expected the value of dino.{name}")
     own = {"ibot_prototypes": "head_n_prototypes", "ibot_bottleneck_dim": "head_bottleneck_dim"}
     return {f"head.{ours}": values[f"ibot.{theirs}"] for ours, theirs in own.items()}
-
-
-def _places(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Where the weights, the images and the run folder are."""
-    path, out = values["train.dataset_path"], values["train.output_dir"]
-    places = {
-        "init": values["student.pretrained_weights"] or values["MODEL.WEIGHTS"],
-        "out": None if out == "." else out,
-        "data.source": _dataset_folder(str(path)),
-    }
-    if places["init"]:
-        notes.append(f"init={places['init']} is loaded strictly (the reference skips what does not fit)")
-    source = places["data.source"]
-    where = f": all images below {source}" if source else " names no folder: give data=FOLDER"
-    notes.append(f"train.dataset_path={path}{where}")
-    return {key: value for key, value in places.items() if value}
-
-
-def _dataset_folder(path: str) -> str | None:
-    """The folder of images that "ImageNet:split=TRAIN:root=/data:extra=/x" stands for."""
-    name, *options = path.split(":")
-    pairs = dict(option.partition("=")[::2] for option in options)
-    root = pairs.get("root")
-    if root and name == "ImageNet":
-        return f"{root.rstrip('/')}/{pairs.get('split', 'TRAIN').lower()}"
-    return root or None
 
 
 def refuse_foreign(content: Collection[str], ours: Collection[str], where: str) -> None:
