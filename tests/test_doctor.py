@@ -266,21 +266,10 @@ def test_a_run_whose_process_is_gone_ended_without_a_word(tmp_path: Path) -> Non
     assert f"process {ended.pid} is gone" in text
 
 
-def test_memory_and_disk_are_compared_with_what_the_run_has_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_says_what_it_was_started_as(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "max_memory": 3 * 2**30}) + "\n")
     (run / "train.log").write_text("2026 I vitt8_reg4: 0.03 M parameters, cpu float32, attention sdpa, 50 images\n")
-    monkeypatch.setattr(doctor, "free_memory", lambda: 2 * 2**30)
-    progress = rows_of(doctor.examine_run(run), "run")
-    assert row(progress, "memory") == ("problem", "3.0 GiB at its peak, 2.0 GiB are free now")
-    assert row(progress, "disk")[0] == "ok"
-    assert "attention sdpa" in row(progress, "started as")[1]
-    monkeypatch.setattr(doctor, "free_memory", lambda: 4 * 2**30)
-    monkeypatch.setattr(doctor, "free_disk_gib", lambda _: 0.0)
-    progress = rows_of(doctor.examine_run(run), "run")
-    assert (row(progress, "memory")[0], row(progress, "disk")[0]) == ("ok", "problem")
+    assert "attention sdpa" in row(rows_of(doctor.examine_run(run), "run"), "started as")[1]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 Nothing here needs a working PyTorch, since an installation that cannot be imported is a case to diagnose.
 """
 
+from __future__ import annotations
+
 import errno
 import importlib
 import os
 import re
-from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
-from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
+from dinoreg.runtime.environment import busy, environment, version
 from dinoreg.runtime.errors import RunError, one_line
-from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import read_json_lines, read_text
 from dinoreg.runtime.printable import printable
+
+if TYPE_CHECKING:
+    from dinoreg.checkpoint.run_folder import Run
 
 # Importing one of these takes seconds: only its installation is checked.
 SLOW_IMPORTS = ("timm", "transformers", "wandb", "mlflow-skinny")
@@ -173,47 +177,48 @@ def explain_error(error: BaseException, hint: str = "") -> str:
 # A run
 
 
-def examine_run(run: Path) -> list[Section]:
+def examine_run(folder: Path) -> list[Section]:
     """The sections on a run's progress, checkpoints, health events and unreadable images."""
+    from dinoreg.checkpoint.run_folder import Run
+
+    run = Run(folder)
     return [
-        (f"run {run}", _progress_rows(run)),
-        ("checkpoints", _checkpoint_rows(run)),
+        (f"run {folder}", _progress_rows(run)),
+        ("checkpoints", _checkpoint_rows(folder)),
         ("health", _health_rows(run)),
         ("images", _image_rows(run)),
     ]
 
 
-def _progress_rows(run: Path) -> list[Row]:
+def _progress_rows(run: Run) -> list[Row]:
     from dinoreg.checkpoint.steps import dense_in_words, probe_in_words, which_steps
 
-    lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
-    last = (lines or [{}])[-1]
+    log = read_text(run.folder / "train.log")
     rows = [("state", *_state(run))]
-    if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
+    if header := re.findall(r" I (.+ M parameters, .+)$", log, re.MULTILINE):
         rows.append(("started as", "", header[-1]))  # with device, attention and images
-    if last:
-        loss = "loss" if "loss" in last else "total_loss"  # of an older run
-        known = [name for name in ("step", loss, "images_per_second", "data_time", "step_time") if name in last]
+    if run.metrics:
+        last = run.metrics[-1]
+        known = [name for name in ("step", "loss", "images_per_second", "data_time", "step_time") if name in last]
         told = (f"{last[name]:.4g}" if isinstance(last[name], float) else last[name] for name in known)
         rows.append(("last line", "", ", ".join(f"{name} {value}" for name, value in zip(known, told))))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
-    if probes := read_json_lines(run / "probe.jsonl"):
-        rows.append(("last probe", "", f"step {probes[-1].get('step')}, {probe_in_words(probes[-1])}"))
-        rows += [("its patches", "", text) for text in [dense_in_words(probes[-1])] if text]
-    rows.append(("weights", "", which_steps(run)))
-    if status.get("phase") != "finished":
-        rows += _resource_rows(run, last)
-    if failure := _last_traceback(run / "train.log"):
-        rows.append(("failure", "problem", f"{failure} (traceback in {run / 'train.log'})"))
+    if run.probe:
+        rows.append(("last probe", "", f"step {run.probe[-1]['step']}, {probe_in_words(run.probe[-1])}"))
+        rows += [("its patches", "", text) for text in [dense_in_words(run.probe[-1])] if text]
+    rows.append(("weights", "", which_steps(run.folder)))
+    last_line = log.splitlines()[-1] if "Traceback (most recent call last)" in log else ""
+    if last_line[:1].isalpha():  # nothing was logged after it
+        rows.append(("failure", "problem", f"{last_line} (traceback in {run.folder / 'train.log'})"))
     return rows
 
 
-def _state(run: Path) -> tuple[str, str]:
+def _state(run: Run) -> tuple[str, str]:
     """Mark and text: how the run stands, and how to go on."""
-    from dinoreg.checkpoint.run_folder import MARKS, Run, RunState
+    from dinoreg.checkpoint.run_folder import MARKS, RunState
 
-    state = RunState(Run(run))
+    state = RunState(run)
     whole, saved = state.num_steps or "?", f"saved at {state.saved}" if state.saved else "nothing saved"
     if state.phase == "finished":
         return "ok", f"finished: {state.saved} of {whole} steps"
@@ -221,23 +226,8 @@ def _state(run: Path) -> tuple[str, str]:
     if state.phase == "running":
         return "running", f"{where} ({state.reason})"
     unsure = ", if it has ended" if state.phase == "unseen" else ""
-    return MARKS[state.phase], f"{state.in_words} at {where}: resume with dinoreg pretrain {run} resume=true{unsure}"
-
-
-def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
-    """Whether memory (of a run on the CPU) and disk are free for what the run has used so far."""
-    rows: list[Row] = []
-    on_cpu = re.search(r"^device: cuda", read_text(run / "config.yaml"), re.MULTILINE) is None
-    needs, free = last.get("max_memory"), free_memory()
-    if on_cpu and needs and is_number(needs) and free and not read_json(run / "environment.json").get("cuda"):
-        mark = "problem" if needs > free else "ok"
-        rows.append(("memory", mark, f"{needs / 2**30:.1f} GiB at its peak, {free / 2**30:.1f} GiB are free now"))
-    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]
-    if sizes:
-        disk, needed = free_disk_gib(run), 2 * max(sizes) / 2**30
-        text = f"{disk} GiB are free; a checkpoint takes {max(sizes) / 1e6:,.1f} MB, beside those it replaces"
-        rows.append(("disk", "problem" if disk < needed else "ok", text))
-    return rows
+    resume = f"resume with dinoreg pretrain {run.folder} resume=true{unsure}"
+    return MARKS[state.phase], f"{state.in_words} at {where}: {resume}"
 
 
 def _checkpoint_rows(run: Path) -> list[Row]:
@@ -263,30 +253,22 @@ def _checkpoint_rows(run: Path) -> list[Row]:
     return rows or [("none", "missing", "nothing was saved yet; resuming starts at step 0")]
 
 
-def _health_rows(run: Path) -> list[Row]:
-    events = read_json_lines(run / "health" / "events.jsonl")
-    counts = Counter(str(event.get("name", "event")) for event in events)
+def _health_rows(run: Run) -> list[Row]:
+    names = [str(event.get("name", "event")) for event in run.events]
     rows = []
-    for name, event in {str(event.get("name", "event")): event for event in events}.items():
-        times = f" ({counts[name]} times)" if counts[name] > 1 else ""
+    for name, event in dict(zip(names, run.events)).items():
+        times = f" ({names.count(name)} times)" if names.count(name) > 1 else ""
         text = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
         rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {text}"))
-    if rejected := read_json_lines(run / "health" / "nonfinite.jsonl"):
+    if rejected := read_json_lines(run.folder / "health" / "nonfinite.jsonl"):
         steps = ", ".join(str(line.get("step")) for line in rejected[-5:])
         rows.append(("non-finite steps", "problem", f"{len(rejected)} were left out, the last at {steps}"))
     return rows or [("events", "ok", "none")]
 
 
-def _image_rows(run: Path) -> list[Row]:
-    skipped = read_json_lines(run / "skipped.jsonl")
-    if not skipped:
+def _image_rows(run: Run) -> list[Row]:
+    if not run.skipped:
         return [("unreadable", "ok", "none met")]
-    first = [("", "", f"{line.get('name')}: {line.get('reason')}") for line in skipped[:5]]
-    return [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}"), *first]
-
-
-def _last_traceback(path: Path) -> str | None:
-    """The last line of the last traceback in a log, if nothing was logged after it."""
-    lines = read_text(path).splitlines()
-    failed = any(line.startswith("Traceback (most recent call last)") for line in lines)
-    return lines[-1] if failed and lines[-1][:1].isalpha() else None
+    first = [("", "", f"{line.get('name')}: {line.get('reason')}") for line in run.skipped[:5]]
+    listing = run.folder / "skipped.jsonl"
+    return [("unreadable", "problem", f"{len(run.skipped)} skipped, listed in {listing}"), *first]
