@@ -80,6 +80,7 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         dashes = _DASHES.match(word)
         name, equals, value = word[dashes.end() :].partition("=") if dashes else word.partition("=")
+        joins = rest and (not value and not is_key_value(rest[0]) if equals else rest[0].startswith("="))
         if word in verb.flags:
             pairs.append(word)
         elif dashes:
@@ -87,11 +88,8 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
             is_switch = name in switches and not (rest and rest[0].lower() in ("true", "false"))
             has_value = rest and not is_switch and not is_key_value(rest[0]) and not _DASHES.match(rest[0])
             pairs.append(f"{name}={value if equals else rest.pop(0) if has_value else 'true'}")
-        elif rest and rest[0].startswith("=") and not equals:
-            value = rest.pop(0)[1:]
-            pairs.append(f"{word}={value or (rest.pop(0) if rest else '')}")
-        elif equals and not value and rest and not is_key_value(rest[0]):
-            pairs.append(f"{word}{rest.pop(0)}")
+        elif joins:  # key = value, key= value
+            rest[0] = f"{word}{rest[0]}"
         elif is_key_value(word):
             pairs.append(word)
         elif word in switches:
@@ -133,8 +131,7 @@ def read_options(cls: type[T], arguments: Sequence[str], positional: int | None 
     plain, pairs = split_arguments(arguments)
     options, _ = read(cls, pairs)
     if positional is not None and len(plain) > positional:
-        verb = getattr(cls, "_verb", "")
-        raise UserError(f"{verb}: {plain[positional]}: unexpected; see dinoreg {verb} --help")
+        raise UserError(f"{plain[positional]}: unexpected; expected key=value")
     return plain, options
 
 
