@@ -179,7 +179,7 @@ assert dinoreg.plan.devices.find_device("t4").kind == "cuda"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [*inspect.signature(dinoreg.registers).parameters] == ["weights", "images", "options"]
-    export = "weights format out size channels registers images"
+    export = "weights format out options"
     assert [*inspect.signature(dinoreg.export).parameters] == export.split()
     for name in dinoreg.__all__:
         assert getattr(dinoreg, name) is not None
