@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
+from dinoreg.commands.early import check_early
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.jobs import control, status
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.jobs.records import read_records
+from dinoreg.jobs.slurm import outside_job
 from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import pointed_step
@@ -75,11 +77,12 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """UserError for a command line, from the verb on, that its verb would refuse; nothing is started."""
+    """UserError for a command line, from the verb on, that its verb would refuse at once; nothing is started."""
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(VERBS)}")
-    VERBS[verb].parse(rest)
+    with outside_job():
+        check_early(VERBS[verb].parse(rest))
 
 
 def _act(name: str, arguments: Sequence[str]) -> None:
