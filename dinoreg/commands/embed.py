@@ -6,7 +6,6 @@ left out, counted and listed beside the output.
 
 import contextlib
 import math
-import os
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -83,7 +82,7 @@ def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | N
     with contextlib.suppress(UserError):  # it holds no classes, or is something else
         found = read_labelled(str(options.data), root=options.root, columns=options.columns)
         if found.labels.ndim == 1:
-            known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
+            known = {found.source.name(row): label for row, label in enumerate(found.labels)}
             return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
     return None, []
 

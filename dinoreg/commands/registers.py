@@ -121,7 +121,7 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
     if options.labels and Path(options.images).expanduser().is_dir():
         with suppress(UserError):  # fewer than two subfolders: images without classes
             found = read_labelled(options.images)
-            source, labels, names = found.source(), found.labels, found.class_names
+            source, labels, names = found.source, found.labels, found.class_names
     source.value_range = preprocessing.value_range
     crops, skipped = crops_of(source, preprocessing, options.num_images)
     if len(crops) < 2:

@@ -248,7 +248,7 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
             if not separator or not key:
                 raise UserError(f"{shortened(text)}: expected key=value")
             if key in given:
-                raise UserError(f"{key}: given twice")
+                raise UserError(f"{key}: given twice{'' if where == 'command line' else f' ({where})'}")
             given[key] = Text(value)
         values = given
     by_key = flatten(values)
