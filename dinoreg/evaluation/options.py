@@ -192,7 +192,7 @@ class FlowOptions(Options, section="flow"):
 
 @dataclass(frozen=True)
 class FewShotOptions(Options, section="few_shot"):
-    """Logistic regression and nearest class means on few labels (sources in `protocols/few_shot.py`)."""
+    """Logistic regression on few labels (sources in `protocols/few_shot.py`)."""
 
     shots: tuple[int, ...] = option((1, 5, 10), "labelled images per class", low=1, empty=True, high=1_000_000)
     shares: tuple[float, ...] = option((0.01, 0.1, 1.0), "of the labels", above=0, high=1, empty=True)
