@@ -30,7 +30,6 @@ from dinoreg.evaluation.metrics.box_ap import (
     overlaps,
     score,
     voc_matches,
-    whole_images,
 )
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -271,12 +270,12 @@ def test_of_several_detections_of_an_object_the_surest_is_right_and_a_mistake_ab
         np.array([0.9, 0.8, 0.7]),
     )
     (matches,) = voc_matches(found, Truth.of(split))
-    assert matches.hit.tolist() == [[False, True, False]]
+    assert [ranking.present.tolist() for ranking in matches.rankings] == [[False, True, False]]
     assert average_precision([matches], "all")[0, 0] == pytest.approx(0.5)
     # COCO at 0.95 has only the third fit.
     coco = coco_matches(found, Truth.of(split))["all"][0]
-    assert coco.hit[0].tolist() == [False, True, False]
-    assert coco.hit[-1].tolist() == [False, False, True]
+    assert coco.rankings[0].present.tolist() == [False, True, False]
+    assert coco.rankings[-1].present.tolist() == [False, False, True]
 
 
 def test_overlaps_equal_torchvisions_and_the_rule_for_crowds_divides_by_the_detection() -> None:
@@ -286,13 +285,6 @@ def test_overlaps_equal_torchvisions_and_the_rule_for_crowds_divides_by_the_dete
     inner, region = np.array([[10, 10, 20, 20]]), np.array([[0, 0, 100, 100], [0, 0, 100, 100]])
     assert overlaps(inner, region, np.array([False, True])).tolist() == [[0.01, 1.0]]
     assert overlaps(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0.0]]
-
-
-def test_whole_images_are_surest_of_the_commonest_class() -> None:
-    found = whole_images(np.array([[30, 50], [20, 10]]), np.array([1, 3]))
-    assert found.boxes.tolist() == [[0, 0, 50, 30]] * 2 + [[0, 0, 10, 20]] * 2
-    assert found.labels.tolist() == [0, 1, 0, 1]
-    assert found.scores.tolist() == [0.25, 0.75, 0.25, 0.75]
 
 
 def test_padding_is_what_the_encoders_normalisation_turns_into_zeros() -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.evaluation.data import Boxed
-from dinoreg.evaluation.metrics.average_precision import Curve
+from dinoreg.evaluation.metrics.average_precision import Ranking
 from dinoreg.evaluation.metrics.bootstrap import nanmean
 
 VOC_OVERLAP = 0.5
@@ -120,19 +121,16 @@ class Truth:
         )
 
 
-@dataclass(frozen=True)
-class ClassMatches:
-    """One class's detections by falling score, under T overlap thresholds.
+class ClassMatches(NamedTuple):
+    """One class's detections, surest first, under T overlap thresholds.
 
     image      (m,) number of the image
-    hit        (T, m) bool: a detection that finds an object
-    counted    (T, m) bool: it is counted at all; a hit or else a mistake
+    rankings   (T) of the detections: right where it finds an object, ignored where it counts neither way
     positives  (num_images,) int64 objects that are to be found
     """
 
     image: np.ndarray
-    hit: np.ndarray
-    counted: np.ndarray
+    rankings: list[Ranking]
     positives: np.ndarray
 
 
@@ -165,7 +163,7 @@ def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches
 
     returns  {name of the size: matches of each class}
     """
-    groups = [group[:MAX_DETECTIONS] for group in _groups(found)]
+    groups = [each[:MAX_DETECTIONS] for each in _groups(found.labels, found.image, found.scores).values()]
     rows = np.sort(np.concatenate(groups)) if groups else np.zeros(0, dtype=np.int64)
     found = Detections(found.image[rows], found.boxes[rows], found.labels[rows], found.scores[rows])
     low, high = np.array(list(COCO_AREAS.values())).T[:, :, None]  # (A, 1) each
@@ -193,25 +191,12 @@ def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.
     weights  (num_images,) how often each image is in the set; once where None
     raises   ValueError for other points
     """
-    return np.stack([_class_precision(each, points, weights) for each in matches], axis=1)
-
-
-def _class_precision(each: ClassMatches, points: str, weights: np.ndarray | None) -> np.ndarray:
-    thresholds = len(each.hit)
-    total = float(each.positives.sum() if weights is None else each.positives @ weights)
-    if total == 0:
-        return np.full(thresholds, np.nan)
-    weight = np.ones(len(each.image)) if weights is None else weights[each.image].astype(np.float64)
-    running = np.cumsum(weight)
-    precision = np.zeros(thresholds)
-    for number, (hit, counted) in enumerate(zip(each.hit, each.counted, strict=True)):
-        # Recall grows at hits only, and the best precision further on is reached at one: only hits need be looked at.
-        places = np.flatnonzero(hit)
-        if len(places):
-            true = np.cumsum(weight[places])
-            judged = (running if counted.all() else np.cumsum(weight * counted))[places]
-            precision[number] = Curve(true, judged - true, total).average(points)
-    return precision
+    found = []
+    for image, rankings, positives in matches:
+        total = float(positives.sum() if weights is None else positives @ weights)
+        often = None if weights is None else weights[image]
+        found.append([replace(ranking.curve(often), positives=total).average(points) for ranking in rankings])
+    return np.array(found).T
 
 
 def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
@@ -237,24 +222,19 @@ def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.nda
     return match
 
 
-def _groups(found: Detections) -> list[np.ndarray]:
-    """Places of the detections of every image and class that has any, surest first, earlier first among equals."""
-    order = np.lexsort((-found.scores, found.image, found.labels))
-    if not len(order):
-        return []
-    same = (np.diff(found.labels[order]) == 0) & (np.diff(found.image[order]) == 0)
-    return np.split(order, np.flatnonzero(~same) + 1)
+def _groups(labels: np.ndarray, image: np.ndarray, scores: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    """{(class, image): places of what is of both}, of the highest score first, earlier first among equals."""
+    order = np.lexsort((-scores, image, labels))
+    same = (np.diff(labels[order]) == 0) & (np.diff(image[order]) == 0)
+    groups = np.split(order, np.flatnonzero(~same) + 1) if len(order) else []
+    return {(int(labels[each[0]]), int(image[each[0]])): each for each in groups}
 
 
 def _pairs(found: Detections, truth: Truth) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Places of the detections and of the objects of every image and class that has both."""
-    order = np.lexsort((truth.image, truth.labels))
-    key = truth.labels[order] * max(truth.num_images, 1) + truth.image[order]
-    for group in _groups(found):
-        own_key = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
-        start, end = np.searchsorted(key, own_key, "left"), np.searchsorted(key, own_key, "right")
-        if end > start:
-            yield group, order[start:end]
+    objects = _groups(truth.labels, truth.image, np.zeros(len(truth.labels)))
+    detections = _groups(found.labels, found.image, found.scores)
+    return ((each, objects[key]) for key, each in detections.items() if key in objects)
 
 
 def _by_class(
@@ -266,8 +246,11 @@ def _by_class(
     matches = []
     for label, (start, end) in enumerate(pairwise(bounds)):
         rows = order[start:end]
+        rankings = [
+            Ranking(-np.arange(len(rows)), right, left_out) for right, left_out in zip(hit[:, rows], ~counted[:, rows])
+        ]
         positives = np.bincount(truth.image[positive & (truth.labels == label)], minlength=truth.num_images)
-        matches.append(ClassMatches(found.image[rows], hit[:, rows], counted[:, rows], positives))
+        matches.append(ClassMatches(found.image[rows], rankings, positives))
     return matches
 
 
@@ -314,18 +297,5 @@ def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ())
     every = by_size.pop("all")
     details |= {f"AP {size}": nanmean(average_precision(matches, "101")) for size, matches in by_size.items()}
     details["AP75"] = nanmean(average_precision(every, "101")[5:6])
-    half = [replace(each, hit=each.hit[:1], counted=each.counted[:1]) for each in every]
+    half = [each._replace(rankings=each.rankings[:1]) for each in every]
     return [figure("AP", "", every, "101"), figure("AP50", "", half, "101")]
-
-
-def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
-    """The trivial baseline: on every image one box around it for each class, scored by how often the class occurs.
-
-    sizes  (n, 2) height and width of the images in pixels
-    often  (K,) number of training objects of each class
-    """
-    count, classes = len(sizes), len(often)
-    boxes = np.zeros((count * classes, 4))
-    boxes[:, 2:] = sizes[:, ::-1].repeat(classes, axis=0)
-    scores = np.tile(often / max(often.sum(), 1), count)
-    return Detections(np.arange(count).repeat(classes), boxes, np.tile(np.arange(classes), count), scores)
