@@ -9,7 +9,6 @@ at least one (shares), and scored on the whole test split. Of the training label
   on all of them (as in `logistic`). An official validation split is not used: its labels would not be few.
 """
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,13 +79,12 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     def scored(_place: int, draw: tuple[Setting, int, int]) -> dict[str, Any]:
         setting, seed, number = draw
-        started, train = time.monotonic(), folds[number].train
-        index, features = drawn(train, setting, seed), known[number]
+        train, features = folds[number].train, known[number]
+        index = drawn(train, setting, seed)
         rows = features if len(index) == len(features) else features[torch.from_numpy(index)]
         given = {"seed": seed, "device": encoder.device, "metric": measured.task.metric}
         C, path, model = fitted(rows, train.chosen(index), spreads[number], options.logistic, **given)
-        said = model.predict(asked[number], train.answers)
-        return {"said": said, "C": C, "path": path, "hours": (time.monotonic() - started) / 3600}
+        return {"said": model.predict(asked[number], train.answers), "C": C, "path": path}
 
     stamps = [each.train.source.stamp() for each in folds]
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, stamps)
@@ -151,7 +149,6 @@ def _row(
     fields["details"] = {"each draw": [classification.METRICS[metric](draw, test.labels) for draw in predicted]}
     fields["seeds"] = tuple(context.seed + repeat for repeat in range(repeats))
     fields["n_train"] = round(np.mean([int(each.sum()) for each in counts]))
-    fields["hours"] = sum(each["hours"] for each in scored)
     fields["note"] = _note(setting, _available(folds[0].train), counts[0])
     return classification.accuracy_row(measured, test, predicted, metric, **fields)
 
