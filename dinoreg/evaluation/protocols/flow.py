@@ -86,7 +86,9 @@ def evaluate(measured: Measurement) -> list[Row]:
         shown.append(_row(measured, "zero-shot", name, zero_shot[name, "test"], test, settings=fixed))
         tallies = torch.cat([zero_shot[name, split] for split in SPLITS])
         everything.append(_row(of_all, "zero-shot", name, tallies, both, settings=fixed))
-    forget_tokens(context)
+    for path in context.state.glob("flow_tokens_*"):  # room on the disk for those of the baselines
+        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
+            path.unlink()
     return rows + shown + everything
 
 
@@ -248,13 +250,6 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
 
     what, advice = "tokens of frames", "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"
     return extract_rows(context, path, encoder, source, load, compute, what=what, batch_size=batch_size, advice=advice)
-
-
-def forget_tokens(context: Context) -> None:
-    """Delete the token files of this evaluation, to make room on the disk for those of the baselines."""
-    for path in context.state.glob("flow_tokens_*"):
-        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
-            path.unlink()
 
 
 def truth(pairs: FlowPairs, index: int, geometry: Geometry) -> Truth:
