@@ -172,7 +172,8 @@ def test_detections_equal_a_greedy_loop() -> None:
         torch.randn(20, generator=generator),
     )
     points = centres(grid, patch)
-    boxes, labels, scores = detect(answers, points, patch, size, scale, 0.4, 17)
+    seen, chosen = Prepared(0, torch.zeros(0), size, scale), dataclasses.replace(OPTIONS, nms=0.4, max_boxes=17)
+    boxes, labels, scores = detect(answers, points, patch, seen, chosen)
     candidates = []
     for n in range(20):
         x, y = (n % 5 + 0.5) * patch, (n // 5 + 0.5) * patch
@@ -288,7 +289,6 @@ def test_a_random_vit_reads_them_too_and_coco_quotes_the_mean_over_thresholds(
     assert [(row.metric, row.variant) for row in rows] == [("AP", ""), ("AP50", "")]
     assert 0.1 < rows[0].value < rows[1].value
     assert rows[1].value > 0.8
-    assert set(rows[0].details) >= {"AP75", "AP small", "AP medium", "AP large"}
 
 
 def test_the_metric_and_the_rule_say_what_comes_first(planted: tuple[Boxed, Boxed], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ there are several.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -171,32 +171,41 @@ def box_loss(answers: Answers, targets: Targets) -> Tensor:
         return loss + F.binary_cross_entropy_with_logits(answers.centredness[positive], central)
 
 
+class Prepared(NamedTuple):
+    """An image as the backbone takes it.
+
+    number   of the image in its split
+    image    (C, H, W) float32 in [0, 1], padded to whole patches
+    size     (height, width) in pixels after resizing and before padding
+    scale    resized over original pixels, along x and along y
+    targets  of its patches; None outside training
+    """
+
+    number: int
+    image: Tensor
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    targets: Targets | None = None
+
+
 def detect(
-    answers: Answers,
-    points: Tensor,
-    patch_size: int,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    nms: float,
-    max_boxes: int,
+    answers: Answers, points: Tensor, patch_size: int, seen: Prepared, settings: DetectionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An image's boxes from its patches' outputs, highest score first.
+    """The boxes of an image as it was seen, in its original pixels, highest score first.
 
     answers  of M patches
     points   (M, 2) centres of these patches, in pixels of the resized image
-    size     (height, width) of the resized image, to which boxes are clipped
-    scale    resized over original pixels, along x and along y: boxes are returned in original pixels
-    nms      overlap (IoU) in [0, 1] above which the lower scored of two boxes of a class goes
-    returns  boxes (k, 4) float32, labels (k,) int64, scores (k,) float32 in [0, 1], k <= max_boxes, on the CPU
+    returns  boxes (k, 4) float32, labels (k,) int64, scores (k,) float32 in [0, 1], on the CPU; at most
+             `settings.max_boxes`, none of which overlaps a surer one of its class by more than `settings.nms`
     """
     # Classes say what, centre-ness how well a patch is placed to say where: the geometric mean of both ranks the boxes.
     scores = (answers.logits.sigmoid() * answers.centredness.sigmoid()[:, None]).sqrt()
     best = scores.flatten().topk(min(CANDIDATES, scores.numel()))
     patch, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
     boxes = around(points.to(scores.device)[patch], answers.reach[patch] * patch_size)
-    boxes = clip_boxes_to_image(boxes, size)
-    boxes = boxes / boxes.new_tensor((*scale, *scale))
-    remaining = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
+    boxes = clip_boxes_to_image(boxes, seen.size)
+    boxes = boxes / boxes.new_tensor((*seen.scale, *seen.scale))
+    remaining = batched_nms(boxes, best.values, labels, settings.nms)[: settings.max_boxes]
     return boxes[remaining].cpu(), labels[remaining].cpu(), best.values[remaining].cpu()
 
 
@@ -239,7 +248,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     shared = {"chosen_on": words, "n_train": len(learnt), "n_test": len(test), "settings": settled, "note": NOTE}
     rows = []
     for place, figure in enumerate(scores[best]):
-        details: dict[str, Any] = {**figure.details, "per class": figure.per_class}
+        details: dict[str, Any] = {"per class": figure.per_class}
         if len(settings.lrs) > 1:
             values = {key: each[place].value for key, each in scores.items()}
             details["by rate"] = {f"lr {rate:g}": values.get(repr(rate), "diverged") for rate in settings.lrs}
@@ -281,23 +290,6 @@ def _draw(measured: Measurement, test: Boxed, found: Detections, names: list[str
             draw_boxes(image, test.boxes[index][true], TRUTH, labels),
         )
         measured.context.save_example(strip(panels, ("image", "found", "truth")), "detection", number)
-
-
-class Prepared(NamedTuple):
-    """An image as the backbone takes it.
-
-    number   of the image in its split
-    image    (C, H, W) float32 in [0, 1], padded to whole patches
-    size     (height, width) in pixels after resizing and before padding
-    scale    resized over original pixels, along x and along y
-    targets  of its patches; None outside training
-    """
-
-    number: int
-    image: Tensor
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    targets: Targets | None = None
 
 
 def prepare(
@@ -396,7 +388,7 @@ class BoxProbe:
             height, width = each.size
             points = centres(encoder.grid(*each.image.shape[1:]), encoder.patch_size)
             within = (points[:, 0] < width) & (points[:, 1] < height)
-            place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
+            place = (points[within], encoder.patch_size, each, settings)
             patches = patches[within.to(patches.device)]
             boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
         return {key: Detections.of([boxes[index][key] for index in range(len(split))]) for key in heads}

@@ -124,18 +124,16 @@ class Segmenter:
         raises  UserError for images and masks that do not fit, RunError where a token is not finite
         """
 
-        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
-            """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
+        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> list[Tensor]:
+            """What `count_pixels` gives of every head's prediction."""
             predicted = self._predict(heads, *loaded, split.source.name(index))
-            counts = [count_pixels(loaded[1], each, split.num_classes) for each in predicted]
-            return torch.from_numpy(np.concatenate([np.insert(each, 0, head, 1) for head, each in enumerate(counts)]))
+            return [torch.from_numpy(count_pixels(loaded[1], each, split.num_classes)) for each in predicted]
 
         key, what = (list(heads), len(split)), f"{self.name}, {name} ({self.encoder.name})"
         load = partial(self.load, split)
         images = resumable_map(self.context, f"{self.name}_{name}", key, len(split), compute, what, load)
-        tables = [each.numpy() for each in images]
         return {
-            key: Confusion(split.num_classes, [each[each[:, 0] == head, 1:] for each in tables])
+            key: Confusion(split.num_classes, [counts[head].numpy() for counts in images])
             for head, key in enumerate(heads)
         }
 

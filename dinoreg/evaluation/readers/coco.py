@@ -51,11 +51,9 @@ class Instances:
         """
         objects = self.objects if images is None else [self.objects[index] for index in images]
         # Copies, because PyTorch takes no views of fields; `ascontiguousarray` leaves one of a single object as it is.
-        boxes, labels, crowd, area = (
-            [each[field].copy() for each in objects] for field in ("box", "label", "crowd", "area")
-        )
+        boxes, labels, crowd = ([each[field].copy() for each in objects] for field in ("box", "label", "crowd"))
         difficult = [np.zeros_like(each) for each in crowd]
-        return Boxed(source, boxes, labels, len(self.categories), difficult, crowd, area)
+        return Boxed(source, boxes, labels, len(self.categories), difficult, crowd)
 
 
 def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -> Instances:
