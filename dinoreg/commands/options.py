@@ -177,11 +177,10 @@ class AttentionOptions(ViewOptions, verb="view attention"):
 
 @dataclass(frozen=True)
 class PcaOptions(ViewOptions, verb="view pca"):
-    """The block and the colour basis of `dinoreg view pca`."""
+    """The block of `dinoreg view pca`, and whether the foreground is set apart."""
 
     layer: str = option("-1", "the block; -1 is the last")
     foreground: bool = option(False, "set the foreground apart, and fit the colours on it alone")
-    basis: str | None = option(None, "file of a colour basis, used where it is there, else written")
 
 
 class NormsOptions(ViewOptions, verb="view norms"):
