@@ -175,7 +175,6 @@ def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.
     points   where the precision is read: at the recalls of "11" (VOC 2007) or "101" points (COCO), or at "all" (the
              area under the curve, VOC since 2010). The precision at a recall is the best reached there or further on.
     weights  (num_images,) how often each image is in the set; once where None
-    raises   ValueError for other points
     """
     found = []
     for image, rankings, positives in matches:
