@@ -83,8 +83,7 @@ def state_of(config: Config, ranks: Ranks = ALONE) -> TrainState:
 
 def take_step(config: Config, state: TrainState) -> None:
     batch = random_batch(config, state.student.backbone.patch_size, CPU)
-    options = {"loss": config.loss, "optim": config.optim, "seed": 0}
-    train_step(state, batch, NOW, dtype=torch.float32, **options)
+    train_step(state, batch, NOW)
 
 
 # ---------------------------------------------------------------- networks

@@ -147,7 +147,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
         times: list[float] = []
         while len(times) < WARM_UP_STEPS + MOST_STEPS and sum(times[WARM_UP_STEPS:]) < PROBE_SECONDS:
             started = time.perf_counter()
-            take_step(config, state, batch, dtype)
+            take_step(state, batch)
             if cuda:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)

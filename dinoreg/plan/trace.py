@@ -112,14 +112,11 @@ def trace_step(
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
         stack.enter_context(FakeTensorMode())
         state = _fake_state(config, precision, ranks, mesh, None if tutor is None else _fake_tutor(tutor))
-        return record_step(config, state, _fake_batch(config, state, masked), precision)
+        return record_step(config, state, _fake_batch(config, state, masked))
 
 
-def record_step(config: Config, state: TrainState, batch: Batch, precision: str) -> Trace:
-    """Take a step and record it; AdamW's moments exist before, as after a first step.
-
-    precision  "bf16" | "fp16" | "fp32"
-    """
+def record_step(config: Config, state: TrainState, batch: Batch) -> Trace:
+    """Take a step and record it; AdamW's moments exist before, as after a first step."""
     if not state.optimizer.state:
         start_moments(state.optimizer)
     centers = {center.shape[-1] for center in state.centers.values()} if state.tutor is None else ()
@@ -127,7 +124,7 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str)
     recorder = Recorder(centers, koleo_ranks * config.batch_size)
     recorder.hold_state(state, batch)
     with recorder.watching(state), recorder:
-        take_step(config, state, batch, DTYPES[precision])
+        take_step(state, batch)
     recorder.label_gradients(state.student)
     return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
 

@@ -68,10 +68,10 @@ def step(config: str | None, overrides: dict[str, Any], warm: int = 2, traffic: 
             stack.enter_context(planned_kernels(found.bytes))
             compile_blocks(state.student, state.teacher)
         for _ in range(warm):
-            take_step(settings, state, batch, dtype)
+            take_step(state, batch)
         found.bytes.clear()
         with counted() as counts, found if traffic else contextlib.nullcontext():
-            take_step(settings, state, batch, dtype)
+            take_step(state, batch)
     attention = resolve_backend(settings.model.attention, DEVICE, 201, dtype)
     return {"counts": counts, "attention": attention, "traffic": dict(found.bytes)}
 
@@ -123,13 +123,13 @@ def varying_masks(config: str, overrides: dict[str, Any], steps: int, ranks: int
     masked  (fewest, most) masked patches of a step
     """
     settings = load_config(config, overrides)
-    state, dtype = _state(settings), _dtype(settings)
+    state = _state(settings)
     masked = []
     with counted() as counts:
         for number in range(steps):
             batch = _batch_of(number, settings, state, ranks)
             masked.append(len(batch.mask_indices))
-            take_step(settings, state, batch, dtype)
+            take_step(state, batch)
     plan = memory_of(describe(settings, 1, 1, find_device("h200")))
     planned = {"allocated": plan.allocated, "fragments": plan.fragments, "needed": plan.needed}
     return {"counts": counts, "masked": (min(masked), max(masked)), "plan": planned}
@@ -158,7 +158,7 @@ def compiled(overrides: dict[str, Any], steps: int) -> dict[str, Any]:
     for number in range(steps):
         batch = _batch_of(number, settings, state, 4)
         with counted() as counts:
-            take_step(settings, state, batch, _dtype(settings))
+            take_step(state, batch)
         graphs.append(counters["stats"]["unique_graphs"])
     return {"counts": counts, "graphs": graphs, "breaks": list(counters["graph_break"])}
 
