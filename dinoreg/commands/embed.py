@@ -31,9 +31,8 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
-from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.parallel import parallel, show_progress
 from dinoreg.runtime.printable import multiples, print_status
-from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.subject import open_images
 
 

@@ -9,8 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
-from dinoreg.commands.early import check_early
+from dinoreg.commands.arguments import check_early, is_key_value, read_options, split_arguments
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.jobs import control, status
@@ -58,7 +57,9 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
     try:
         folder, records = launch(job, request, run_verb, _say)
     except UserError as error:
-        raise _with_hint(error, overrides) from None
+        key, unknown, _ = str(error).partition(": unknown key")
+        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75) if unknown else []
+        raise UserError(f"{key}: unknown key; did you mean {close[0]}?") if close else error from None
     if options.dry_run:
         return
     for group in dict.fromkeys(record.group for record in records):
@@ -81,16 +82,6 @@ def check_command(arguments: Sequence[str]) -> None:
         raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(VERBS)}")
     with outside_job():
         check_early(VERBS[verb].parse(rest))
-
-
-def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
-    """The error about an unknown key of the command, with the similar key of the job, if there is one."""
-    text = str(error)
-    for key in (item.partition("=")[0] for item in overrides):
-        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75)
-        if close and text.startswith(f"{key}: unknown key") and f"did you mean {key}" not in text:
-            return UserError(f"{key}: unknown key; did you mean {close[0]}? (dinoreg launch --help lists all)")
-    return error
 
 
 def _act(name: str, arguments: Sequence[str]) -> None:

@@ -321,6 +321,9 @@ class WithPage:
 
     page: Path
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.page}>"
+
     def _repr_html_(self) -> str:
         shown = html.escape(self.page.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{shown}" style="width: 100%; height: 40em; border: 0; resize: vertical"></iframe>'
