@@ -73,7 +73,7 @@ class Pictures:
         if read.words is not None:
             learnt = torch.tensor([word == "train" for word in read.words])
         chosen = np.random.default_rng(0).permutation(len(labels))[:most]
-        paths = [Path(read.root) / read.paths[index] for index in chosen]
+        paths = [Path(read.source.name(index)) for index in chosen]
         return cls(paths, labels[chosen], learnt[chosen])
 
 
@@ -108,7 +108,7 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
             predicted = knn_predict(train, labels, test, (NEIGHBOURS,), num_classes=classes)[NEIGHBOURS].argmax(dim=1)
         else:
             train, test = (torch.nn.functional.layer_norm(each, each.shape[1:]) for each in (train, test))
-            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2, patience=3).model.predict(test)
+            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2).model.predict(test)
         right = (predicted == tested).numpy()
         interval = bootstrap_interval(right)
         ends = (interval.low, interval.high)
