@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import Config, find_config, load_config
-from dinoreg.data.display import channels_shown
+from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import with_statistics
@@ -122,5 +122,4 @@ def default_folder(config: str) -> Path:
 
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
     image = source.image(index, settings.model.in_channels, by_pillow=settings.data.reference_decode)
-    pixels = image.pixels()[None]  # (1, C, H, W)
-    return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
+    return tile(as_rgb(image.pixels().permute(1, 2, 0).numpy()), TILE)
