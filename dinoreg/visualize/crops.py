@@ -102,12 +102,11 @@ def first_batch(config: Config, source: Source, patch_size: int, batch_size: int
 
     patch_size  pixels
     """
-    looks, model = (config.crops, config.augment, config.mask), config.model
-    views = Views(*looks, patch_size, model.crop_channels, bag_of=model.bag_of)
+    model = config.model
+    views = Views(config.crops, config.augment, config.mask, patch_size, model.crop_channels, bag_of=model.bag_of)
     reading = replace(config.data, workers=0, max_bad_fraction=1.0)
     deep = config.data.range is not None
-    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed, deep=deep)
-    with loader:
+    with BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed, deep=deep) as loader:
         return next(loader), loader.bad
 
 
