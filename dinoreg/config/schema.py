@@ -15,7 +15,6 @@ from typing import Any
 
 from dinoreg.config.option import Options, check, flat, fraction, option, output, section
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
-from dinoreg.models.registry import CHANNELS, parse_name
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.runtime.printable import multiples
 
@@ -27,6 +26,7 @@ SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
+CHANNELS = ("joint", "bag", "bag_mean")
 MAX_PROTOTYPES = 2**24
 
 
@@ -408,6 +408,8 @@ class Config(Options):
 
 def _check_model(config: Config) -> None:
     """The model's name is known, the crops divide into its patches, its heads divide its width."""
+    from dinoreg.models.registry import parse_name
+
     try:
         named = parse_name(config.model.name)
     except ValueError as error:

@@ -29,7 +29,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0},
 }
 PATCH_SIZES = (8, 14, 16)
-CHANNELS = ("joint", "bag", "bag_mean")  # of an image are seen together, or each by itself
 BASE = 100.0  # of the rotary positions of every published model
 # What DINOv3's models have in common, besides four registers and 16-pixel patches.
 DINOV3: dict[str, Any] = {"rope_base": BASE, "key_bias": False, "norm_eps": 1e-5}

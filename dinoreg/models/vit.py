@@ -36,7 +36,6 @@ from dinoreg.models.layers import (
     init_linear_layers,
 )
 from dinoreg.models.register_neurons import move_to_registers
-from dinoreg.models.registry import CHANNELS
 from dinoreg.models.rope import Rope
 from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
@@ -47,6 +46,7 @@ ARCHITECTURE = (
     *("patch_size", "dim", "depth", "heads", "num_registers", "register_neurons", "ffn", "ffn_ratio", "layerscale"),
     *("in_channels", "channels", "antialias", "position_offset", "init_std", "rope_base", "key_bias", "norm_eps"),
 )
+CHANNELS = ("joint", "bag", "bag_mean")  # of an image are seen together, or each by itself
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
 
 
