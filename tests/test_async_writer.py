@@ -118,8 +118,6 @@ def test_a_checkpoint_and_its_teacher_file_hold_the_state_of_the_call(tmp_path: 
             writer.save(step, state, {"step": step}, best=step == 2)
         writer.wait()
         assert writer.saved == 3
-        assert writer.write_time is not None
-        assert writer.write_time > 0
         assert writer.poll() == []
     assert_holds(tmp_path, 3, tensors(3.0))
     assert checkpoint.read_pointer(tmp_path / "checkpoints", "last") == "step_0000003"
@@ -161,15 +159,12 @@ def test_the_next_save_waits_for_the_one_before_and_says_how_long(
     held = Held(monkeypatch)
     with open_writer(tmp_path) as writer:
         writer.save(1, tensors(1.0), {"step": 1})
-        first = writer.stall
+        assert writer.read_stall() > 0
         threading.Timer(0.4, held.go.set).start()
         writer.save(2, tensors(2.0), {"step": 2})
         assert writer.saved is not None  # the one before is whole
-        assert writer.stall > 0.3
-        assert writer.read_stall() == pytest.approx(first + writer.stall)
+        assert writer.read_stall() > 0.3
         assert writer.read_stall() == 0
-        assert writer.write_time is not None
-        assert writer.write_time > 0.3
     assert_holds(tmp_path, 2, tensors(2.0))  # closing has finished it
 
 

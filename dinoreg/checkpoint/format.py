@@ -104,8 +104,8 @@ def save(
         on_main(ranks, lambda: _begin(aside))
         _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
-        state = _by_part(flatten(tensors))
         alone = ranks.world_size == 1
+        state = flatten(tensors)
         dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=ranks.control, no_dist=alone)
         parts = on_all_ranks(ranks, lambda: _own_files(aside, ranks.rank))
         on_main(ranks, publish)
@@ -354,18 +354,6 @@ def _read(reader: Reader, tensors: dict[str, Any]) -> None:
 def flatten(tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Nested tensors by dotted name, as in a checkpoint; values that are not tensors are left out."""
     return {name: value for name, value in json_files.flatten(tensors).items() if isinstance(value, Tensor)}
-
-
-def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """The same tensors in two levels, {"student": {…}, …}: DCP is slow for many entries in the first level."""
-    parts: dict[str, Any] = {}
-    for name, tensor in flat.items():
-        part, _, rest = name.partition(".")
-        if rest:
-            parts.setdefault(part, {})[rest] = tensor
-        else:
-            parts[part] = tensor
-    return parts
 
 
 # --------------------------------------------------------------------------------------------------------------
