@@ -243,7 +243,7 @@ class Writer(AbstractContextManager):
     # What happens where all processes are together
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that this process writes: all DTensors, and its share, large and small, of the replicated ones."""
+        """The tensors that this process writes: all DTensors, and a share of the replicated ones."""
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
         plain.sort(key=lambda name: (tensors[name].nbytes, name))
         others = set(plain) - set(plain[self.ranks.rank :: self.ranks.world_size])

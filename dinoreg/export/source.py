@@ -20,13 +20,13 @@ from torch import Tensor
 from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.data.preprocess import Preprocessing
-from dinoreg.models.vit import RegisterViT, as_pair
+from dinoreg.models.vit import RegisterViT, as_pair, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
-from dinoreg.weights.load import load, load_reported, resample_pos_embed, select_channels
+from dinoreg.weights.load import load, load_reported, rebuilt, resample_pos_embed, select_channels
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
 
@@ -87,16 +87,11 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
 
     size  height and width in pixels, multiples of the patch size
     """
-    if size == model.image_size:
-        return model
-    with torch.device("meta"):
-        other = RegisterViT(**(model.architecture() | {"image_size": list(size)}))
-    state = model.state_dict()
+    moved: dict[str, Tensor] = {}
     if model.pos_embed is not None:
-        resampling = model.antialias, model.position_offset
-        state["pos_embed"] = resample_pos_embed(model.pos_embed, model.grid, other.grid, *resampling)
-    other.load_state_dict(state, assign=True)
-    return other.eval().requires_grad_(False)
+        grids = model.grid, patch_grid(size, model.patch_size)
+        moved["pos_embed"] = resample_pos_embed(model.pos_embed, *grids, model.antialias, model.position_offset)
+    return rebuilt(model, {"image_size": size}, moved)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -130,14 +130,9 @@ def fit(encoder: NativeEncoder, pictures: Pictures, norms: Tensor) -> tuple[Nati
     size = batch_size(encoder, encoder.grid(*pictures.images.shape[-2:]))
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
     masks = [outliers[rows] for rows in most.split(size)]
-    fitted = fit_test_time_register(encoder.module, batches, masks, limit.value, last_block)
+    changed, record = fit_test_time_register(encoder.module, batches, masks, limit.value, last_block)
     name = f"{encoder.name} + test-time register"
-    return NativeEncoder(fitted.model, name, encoder.preprocessing, encoder.device), {
-        "neurons": [neuron._asdict() for neuron in fitted.neurons],
-        "before": fitted.before,
-        "trials": [trial._asdict() for trial in fitted.trials],
-        "images": len(most),
-    }
+    return NativeEncoder(changed, name, encoder.preprocessing, encoder.device), record | {"images": len(most)}
 
 
 def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:

@@ -182,12 +182,10 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
     if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(model.in_channels)}:
         raise UserError(f"channels={list(chosen)}: expected some of 0 to {model.in_channels - 1}, each once")
     options = {"in_channels": len(chosen)} | ({"channels": "joint"} if len(chosen) == 1 else {})
-    with torch.device("meta"):
-        selected = RegisterViT(**(model.architecture() | options))
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     if model.channels == "joint":
         state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
-    selected.load_state_dict(state, assign=True)
+    selected = rebuilt(model, options, state)
     stated = dict(model.preprocessing or {})
     for key, each in _PER_CHANNEL.items():
         values = stated.get(key)
@@ -195,6 +193,20 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
             stated[key] = [values[each * channel + part] for channel in chosen for part in range(each)]
     selected.preprocessing = stated or None
     return selected.train(model.training).requires_grad_(any(p.requires_grad for p in model.parameters()))
+
+
+def rebuilt(model: RegisterViT, changes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RegisterViT:
+    """A model of another architecture with the same tensors, in evaluation mode and without gradients.
+
+    changes  arguments of RegisterViT in place of the model's own
+    tensors  in place of the model's own, which are otherwise shared
+    raises   UserError as RegisterViT does
+    """
+    with torch.device("meta"):  # no memory for weights that are about to be replaced
+        other = RegisterViT(**{**model.architecture(), "attention": model.attention_backend, **changes})
+    other.load_state_dict({**model.state_dict(), **tensors}, assign=True)
+    other.preprocessing = model.preprocessing
+    return other.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ making them fit
