@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.models.vit import RegisterViT, as_pair, patch_grid
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
@@ -98,10 +96,6 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
 # Image files
 
 
-MIN_COSINE = 0.9999  # of class tokens
-MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
-
-
 def _needs_tiff(stated: Preprocessing) -> bool:
     """Whether the model's pictures are TIFF files, as Pillow has no such channels, or cuts such pixels."""
     return len(stated.mean) not in (1, 3) or stated.value_range is not None
@@ -130,33 +124,6 @@ def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
         "small": (height // 2 + 1, width // 2 + 2),
     }
     return _write_tiffs(folder, shapes, source) if _needs_tiff(source.preprocessing) else _write_bytes(folder, shapes)
-
-
-def compare(source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor], bounded: bool) -> dict[str, Any]:
-    """The part of a certificate that is about files, fit for JSON.
-
-    answers  {"NAME/pixels": (1, C, H, W), "NAME/cls": (1, D)} of the other side
-    bounded  whether class tokens have to agree; the inputs always have to
-    """
-    checks = []
-    std = per_channel(source.preprocessing.std, "cpu")
-    for name, path in paths.items():
-        pixels = source.preprocessing(path)
-        theirs = answers[f"{name}/pixels"]
-        levels, cosine = float("nan"), float("nan")
-        if theirs.shape == pixels[None].shape:
-            levels = float(((theirs[0] - pixels) * std).abs().mean() * 255)
-            with torch.inference_mode():
-                ours = source.model(pixels[None]).cls
-            cosine = float(torch.cosine_similarity(ours.double(), answers[f"{name}/cls"].double()))
-        passed = levels <= MAX_LEVELS and (cosine >= MIN_COSINE or not bounded)  # False for NaN
-        numbers = {"cosine": cosine, "levels": levels}
-        checks.append({"picture": name, **{k: v if v == v else None for k, v in numbers.items()}, "passed": passed})
-    return {
-        "compared": "class tokens, and inputs as mean absolute difference in levels of 255",
-        "bounds": {"cosine": MIN_COSINE if bounded else None, "levels": MAX_LEVELS},
-        "checks": checks,
-    }
 
 
 def _waves(shape: tuple[int, int], channels: int) -> np.ndarray:
