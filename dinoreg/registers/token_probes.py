@@ -77,35 +77,28 @@ def probe_token(
     return Probed(*figures, fitted, tested, interval.replicates)
 
 
-class Moments(NamedTuple):
-    """Mean and standard deviation of the content of some tokens after every block.
+def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the content of some tokens after every block; in one pass, with float64 sums.
 
-    mean, std  (L, S, D); S slots: one for each register, or a single one for outliers wherever they are
-    """
-
-    mean: Tensor
-    std: Tensor
-
-
-def moments(batches: Iterable[Tensor]) -> Moments:
-    """Moments over the rows of batches (L, k, S, D), k rows of S tokens, at least one; in one pass, float64 sums.
-
-    returns  float32
+    batches  (L, k, S, D), k rows, at least one, of S tokens: each register, or a single outlier wherever it is
+    returns  (L, S, D) float32 each
     """
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         rows = batch.double()
         count, total, squares = count + rows.shape[1], total + rows.sum(dim=1), squares + rows.square().sum(dim=1)
     mean = total / count
-    return Moments(mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float())
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
 
-def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Generator | None = None) -> Tensor:
+def replacement(
+    kind: str, contents: Tensor, known: tuple[Tensor, Tensor], generator: torch.Generator | None = None
+) -> Tensor:
     """What to put in place of the contents (L, k, S, D) of some tokens, of the same shape.
 
     kind    "zero"; "mean" of that slot and block; "noise" with that mean and deviation, one draw for all blocks;
             "shuffle": the contents of another row, half the rows away
-    known   moments of such tokens
+    known   `moments` of such tokens
     """
     if kind == "zero":
         return torch.zeros_like(contents)
