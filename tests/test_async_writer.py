@@ -584,21 +584,6 @@ def test_a_copy_that_was_taken_over_publishes_nothing_more_and_names_the_other(
     assert_holds(tmp_path, 2, tensors(2.5))
 
 
-def test_starting_again_leaves_the_folder_of_the_copy_that_owns_the_run_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(monkeypatch)
-    with open_writer(tmp_path) as writer:
-        writer.save(1, tensors(1.0), {"step": 1})
-        assert held.begun.wait(30)
-        (unfinished,) = (tmp_path / "checkpoints").glob(".unfinished-*")
-        assert unfinished.name.endswith(f".{writer.lease.token}")
-        checkpoint.remove_unfinished(tmp_path / "checkpoints", writer.lease.token)
-        assert unfinished.is_dir()
-        held.go.set()
-    assert_holds(tmp_path, 1, tensors(1.0))
-
-
 def test_the_owner_of_a_run_says_where_and_when_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     first = open_writer(tmp_path).lease

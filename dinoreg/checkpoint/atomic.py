@@ -69,8 +69,9 @@ def write_picture(path: Path, image: Any) -> None:
 
 
 def share(path: Path) -> None:
-    """Let whoever reads a file's folder read the file, too: safetensors lets its owner alone. OSError if it cannot."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    """Let whoever reads a file's folder read the file, too, where possible: safetensors lets its owner alone."""
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def part_name(path: Path, token: str = "") -> Path:

@@ -190,11 +190,10 @@ def _ignore_expected_warnings() -> None:
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
-def remove_unfinished(folder: Path, token: str = "") -> None:
-    """Remove the unfinished folders of killed writers, but not those of the writer with this token."""
+def remove_unfinished(folder: Path) -> None:
+    """Remove the unfinished folders of killed writers."""
     for path in folder.glob(f"{_UNFINISHED}*"):
-        if not token or not path.name.endswith(f".{token}"):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _of_steps(names: Iterable[str]) -> list[str]:
@@ -386,8 +385,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
     """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
-        with suppress(OSError):
-            share(aside)
+        share(aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
         # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
