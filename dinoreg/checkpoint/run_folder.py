@@ -79,9 +79,7 @@ class Run:
         self.status = read_json(path / "status.json")
         self.metrics = by_step(read_json_lines(path / "metrics.jsonl"))
         self.probe = by_step(read_json_lines(path / "probe.jsonl"))
-        extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")
-        self.events += [event for event in extra if "name" in event and "message" in event]
         self.skipped = read_json_lines(path / "skipped.jsonl")
         self.probes = _probes(path / "eval")
         self.pictures = _pictures(path / "view")

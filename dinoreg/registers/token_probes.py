@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,29 +28,23 @@ CS = tuple(10.0**power for power in range(-4, 4))  # inverse L2 strengths to cho
 class Probed(NamedTuple):
     """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit.
 
-    n_train, n_test  images
-    tested           (n,) bool, the images that are tested on
+    tested  (n,) bool, the images that are tested on
     """
 
-    accuracy: float
-    low: float
-    high: float
-    n_train: int
-    n_test: int
+    row: Row
     model: LogisticModel
     tested: Tensor
-    replicates: np.ndarray
 
     def record(self) -> dict[str, Any]:
         """The figures alone."""
-        return {name: getattr(self, name) for name in self._fields[:5]}
+        return {
+            "accuracy": self.row.value,
+            **{key: getattr(self.row, key) for key in ("low", "high", "n_train", "n_test")},
+        }
 
     def against(self, other: "Probed") -> dict[str, Any] | None:
         """The paired difference to another token's probe, as `comparison.compare` gives it; None on other images."""
-        if not torch.equal(self.tested, other.tested):
-            return None
-        rows = (Row("probe", "top-1", *p[:3], n_test=p.n_test, replicates=tuple(p.replicates)) for p in (self, other))
-        return compare(*rows)
+        return compare(self.row, other.row) if torch.equal(self.tested, other.tested) else None
 
 
 def probe_token(
@@ -73,8 +66,10 @@ def probe_token(
     fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
     right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()
     interval = bootstrap_interval(right, seed=seed)
-    figures = float(right.mean()), interval.low, interval.high, int(train.sum()), int(tested.sum())
-    return Probed(*figures, fitted, tested, interval.replicates)
+    counts: dict[str, Any] = {"n_train": int(train.sum()), "n_test": int(tested.sum())}
+    ends = interval.low, interval.high
+    row = Row("probe", "top-1", float(right.mean()), *ends, **counts, replicates=tuple(interval.replicates))
+    return Probed(row, fitted, tested)
 
 
 def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
