@@ -95,12 +95,12 @@ def _report(options: RegistersOptions) -> RegisterReport:
         pictures = Pictures(pictures.images.flatten(0, 1).unsqueeze(1), None, 0, None, f"{pictures.source}, by channel")
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
-        first = _measure(encoder, pictures, options.seed)
+        first = measure(encoder, pictures, options.seed)
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
             print_status(f"{encoder.name}: looking for register neurons")
             changed, first.record["test_time"] = fit(encoder, pictures, first.norms)
-            measured.append(_measure(changed, pictures, options.seed))
+            measured.append(measure(changed, pictures, options.seed))
     shown = to_unit(pictures.images[:SHOWN])
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)
@@ -174,7 +174,3 @@ def _encoders(subjects: Sequence[Opened]) -> list[NativeEncoder]:
             name = f"{name}, {subject.model.num_registers} registers"
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
     return [NativeEncoder(s.model, n, s.own.preprocessing, s.own.device) for s, n in zip(subjects, names)]
-
-
-def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:
-    return measure(encoder, pictures, seed, lambda line: print_status(f"{encoder.name}: {line}"))

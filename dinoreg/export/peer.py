@@ -7,7 +7,6 @@ format, the artefact's folder, the code that loads it per dtype, that which read
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -31,12 +30,11 @@ def main(request_path: str) -> None:
     torch.set_num_threads(request["threads"])
     cases = load_file(here / "cases.safetensors")
     os.chdir(request["folder"])
-    answers, kind = {}, ""
+    answers = {}
     for dtype, code in request["load"].items():
         scope: dict[str, Any] = {}
         exec(code, scope)
         model = scope["model"]
-        kind = f"{type(model).__module__}.{type(model).__qualname__}"
         if isinstance(model, torch.nn.Module):
             model = model.to(getattr(torch, dtype)).eval()
         for name, images in cases.items():
@@ -56,8 +54,6 @@ def main(request_path: str) -> None:
     facts = {
         "library": request["peer"],
         "versions": {name: _version(name) for name in (*request["packages"], "torch")},
-        "model": kind,
-        "python": platform.python_version(),
         "dinoreg_importable": False,
     }
     (here / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
