@@ -118,4 +118,4 @@ def remedy(error: BaseException, run: Path) -> str:
         errno.EROFS: f"The disk of {run} can only be read: have it mounted for writing.",
         **dict.fromkeys((errno.EIO, errno.ESTALE), broken),
     }
-    return known.get(getattr(cause(error), "errno", None), "None needed if the next one is written.")
+    return known.get(getattr(cause(error), "errno", 0), "None needed if the next one is written.")
