@@ -111,14 +111,16 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"weights {path}: no weight_map from tensors to files")
-    state: dict[str, Tensor] = {}
-    for name in sorted(set(where.values())):
+    names = sorted(set(where.values()))
+    for name in names:
         shard = path.parent / name
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"weights {path}: {name[:80]!r} is no safetensors file of this folder")
         if not shard.is_file():
             raise UserError(f"weights {path}: names {name}, which is missing")
-        tensors = read_safetensors(shard)
+    state: dict[str, Tensor] = {}
+    for name in names:
+        tensors = read_safetensors(path.parent / name)
         if set(tensors) != {key for key, file in where.items() if file == name}:
             raise UserError(f"weights {path}: {name} does not hold the tensors that the index says")
         state |= tensors
