@@ -14,7 +14,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classificatio
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.files import labelled, matlab, whole_number
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import reworded
 
 NAME, DEVKIT, TEST_LABELS = "cars", "car_devkit.tgz", "cars_test_annos_withlabels.mat"
 META, TRAIN_LIST, COMBINED = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_annos.mat"
@@ -47,12 +47,9 @@ def _names(path: Path, archive: str) -> list[str]:
 def _rows(path: Path, archive: str, *fields: str) -> list[tuple[str, ...]]:
     """Fields of every record, as text; the struct array is (1, n), also for a single record."""
     records = matlab(path, ("annotations",), NAME, archive)["annotations"].ravel()
-    for field in fields:
-        if field not in (records.dtype.names or ()):
-            raise UserError(f"{NAME}: the annotations of {path} have no field {field!r}; expected those with labels")
-        if any(cell.size != 1 for cell in records[field]):
-            raise UserError(f"{NAME}: {path}: a record's {field!r} is not one value")
-    return [tuple(str(record[field].item()) for field in fields) for record in records]
+    expected = f"expected annotations with labels, each with one {', one '.join(fields)}"
+    with reworded(f"{NAME}: {path}: {expected}", ValueError, IndexError):
+        return [tuple(str(record[field].item()) for field in fields) for record in records]
 
 
 PUBLISHED = fine_grained((81.6, 88.2, 90.1, 91.4), 94.6, (91.5, 10.8, 85.2))

@@ -2,13 +2,12 @@
 
 `coco_20k_filenames.txt` of LOST's repository names them as `train2014/COCO_train2014_%012d.jpg`. train2017 holds the
 same images under `%012d.jpg` with the same ids, so that either year's files serve; whether a box changed between the
-two years' annotations was not verified, and the result says which were read.
+two years' annotations was not verified; those of 2014 are read where both are there, and the result says which were.
 """
 
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
@@ -29,12 +28,11 @@ def read(folder: Path, options: Options) -> Data:
 
     raises  UserError for a list or annotations that are missing or of another form
     """
-    year = options["annotations"]
     list_file = first_existing(folder, LISTS)
     form = "train2014/COCO_train2014_<id>.jpg"
     ids = [int(number) for (number,) in matched(list_file, r"(?:.*_)?(\d{1,12})\.jpg", form, NAME, LIST)]
     require_distinct(ids, "image", f"{NAME}: {list_file}")
-    path = first_existing(folder, [JSON.format(each) for each in (YEARS if year == "auto" else (year,))])
+    path = first_existing(folder, [JSON.format(year) for year in YEARS])
     instances = read_instances(path, NAME, f"annotations_trainval{path.stem[-4:]}.zip", empty=False)
     places = positions(instances.ids, ids, f"{list_file} names image", f"{NAME}: {path}")
     images = first_existing(folder, [name for each in YEARS for name in FOLDERS[each]])
@@ -72,9 +70,6 @@ BENCHMARK = Benchmark(
     tasks=(Task("discovery", read, "CorLoc", {"test": 19_817}, PUBLISHED),),
     download=f"the list of {LIST}; train2014.zip with annotations_trainval2014.zip, or those of 2017",
     licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
-    options={
-        "annotations": option("auto", "whose boxes; auto: of 2014 where they are there", choices=("auto", *YEARS))
-    },
     aliases=("coco-20k", "coco_20k"),
 )
 

@@ -1,8 +1,8 @@
 """Food-101 (Bossard et al., ECCV 2014): 101 dishes, 1,000 photographs each, from Foodspotting.
 
-`food-101/images/<class>/<id>.jpg`, listed without the extension in `meta/{train,test}.json` (class -> ids), and the
-same as lines of `meta/{train,test}.txt`. Classes are numbered in the order of their names. Training labels were never
-cleaned, by design. Metric: top-1 (SimCLR B.8.1); 68,175 / 7,575 of train for choosing C (BYOL, App. D).
+`food-101/images/<class>/<id>.jpg`, listed without the extension in `meta/{train,test}.json` (class -> ids). Classes are
+numbered in the order of their names. Training labels were never cleaned, by design. Metric: top-1 (SimCLR B.8.1);
+68,175 / 7,575 of train for choosing C (BYOL, App. D).
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, matched, read_json
+from dinoreg.evaluation.readers.files import labelled, read_json
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
@@ -26,10 +26,8 @@ def read(folder: Path, options: Options) -> Data:
 
 
 def _rows(meta: Path, split: str) -> list[tuple[str, str]]:
-    """(class, path below images/) of a split, of its JSON file or else of its text file."""
-    path, text = meta / f"{split}.json", meta / f"{split}.txt"
-    if text.exists() and not path.exists():
-        return [(name, f"{row}.jpg") for row, name in matched(text, r"(([^/]+)/.+)", "class/id", NAME, ARCHIVE)]
+    """(class, path below images/) of a split."""
+    path = meta / f"{split}.json"
     classes = read_json(path, NAME, ARCHIVE)
     if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
         raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
@@ -47,7 +45,7 @@ BENCHMARK = Benchmark(
     title="Food-101",
     classes=101,
     folders=("food-101", "food101", "Food-101"),
-    layouts=tuple(needs(ARCHIVE, "images", f"meta/train.{kind}", f"meta/test.{kind}") for kind in ("json", "txt")),
+    layouts=(needs(ARCHIVE, "images", "meta/train.json", "meta/test.json"),),
     tasks=classification_tasks(read, "top-1", {"train": 75_750, "test": 25_250}, PUBLISHED, validation_images=7_575),
     licence="research use; photographs from Foodspotting; no licence text found",
     aliases=("food-101", "food"),

@@ -10,7 +10,6 @@ included; no published number exists for this probe.
 import os
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,13 @@ from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.files import lines
 from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet22k"
 ARCHIVE = "fall11_whole.tar, a tar of one tar per class (unpacking the inner ones into folders is allowed, not needed)"
 WNID = re.compile(r"n\d{8}")
-CHUNK = 1 << 24  # bytes of names that are looked at together
 RANKS = 1 << 20  # drawn together
-UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every copy; DINOv2 leaves it out too
+UNREADABLE = b"n06470073_47249.JPEG"  # no image at all, in every copy; DINOv2 leaves it out too
 
 
 def read(folder: Path, options: Options) -> Data:
@@ -76,34 +73,17 @@ def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Sour
     wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))
     ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
     labels = np.array([ranks.get(stem, -1) for stem in stems], dtype=np.int64)[labels]
-    skip = lines(folder / Path(options["skip"]).expanduser(), NAME, f"your own {NAME}.skip") if options["skip"] else []
-    labels[_positions(names, UNREADABLE.union(skip))] = -1
+    if (place := names.block.find(UNREADABLE + b"\0")) >= 0:
+        labels[names.block.count(b"\0", 0, place)] = -1
     if not (labels >= 0).any():
         raise UserError(f"{NAME}: {folder} has no image in a tar or folder named like a class (n01440764)")
     return source, names, labels, wnids
 
 
-def _positions(names: PathBlock, wanted: frozenset[str]) -> list[int]:
-    """Positions of the files of these names, whatever folder they are in."""
-    encoded = {os.fsencode(name) for name in wanted}
-    if len(encoded) < 16 and not any(name in names.block for name in encoded):
-        return []  # the usual case, and quicker than a look at each of 14 million
-    return [index for index, name in enumerate(_own_names(names)) if name in encoded]
-
-
-def _own_names(names: PathBlock) -> Iterator[bytes]:
-    """The names without their folders, in order; never all at once, where they would fill a gigabyte."""
-    start = 0
-    while start < len(names.block):
-        end = names.block.find(b"\0", start + CHUNK) + 1 or len(names.block)
-        for name in names.block[start : end - 1].split(b"\0"):
-            yield name[name.rfind(b"/") + 1 :]
-        start = end
-
-
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:
     """(n,) uint64 that depend on a file's own name and the seed alone."""
-    sums = np.fromiter(map(zlib.crc32, _own_names(names)), dtype=np.uint64, count=len(names))
+    own_names = (os.fsencode(os.path.basename(name)) for name in names)
+    sums = np.fromiter(map(zlib.crc32, own_names), dtype=np.uint64, count=len(names))
     ranks = []
     for some in np.split(sums, range(RANKS, len(sums), RANKS)):
         counters = np.zeros((len(some), 4), dtype=np.uint64)
@@ -131,7 +111,7 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
-PRETRAINING = Pretraining(images, options=("extra", "skip"))
+PRETRAINING = Pretraining(images, options=("extra",))
 BENCHMARK = Benchmark(
     name=NAME,
     title="ImageNet-22k (fall 2011)",
@@ -147,7 +127,6 @@ BENCHMARK = Benchmark(
         "train_per_class": option(100, "images of each class to train on, at most; 0: all not held out", low=0),
         "seed": option(0, "of the choice of both", low=0),
         "extra": option("", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
-        "skip": option("", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
     },
     aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
 )

@@ -7,8 +7,8 @@ millimetres. `labelled`, the authors' file of 1,449 frames in HDF5 with all axes
 `splits.mat` (numbered from 1): the same 654 test frames, but a far weaker head, called NYU-795 here.
 
 The test truth of `sync` was made from the file's `rawDepths`, 0 where the sensor saw nothing; `labelled` uses the same
-unless `depths=filled` asks for the in-painted ones. The white frame around the pictures was blackened in `sync`; it is
-blackened here in `labelled` too, so that both show a backbone the same. Pixels count inside Eigen's crop. For pictures
+and not the in-painted ones. The white frame around the pictures was blackened in `sync`; it is blackened here in
+`labelled` too, so that both show a backbone the same. Pixels count inside Eigen's crop. For pictures
 of other sizes the crops shrink in proportion.
 
 Of public ViT-B/14 models DVT (arXiv 2401.02957) publishes no RMSE but delta1 86.88 without and 87.88 with registers,
@@ -16,21 +16,19 @@ AbsRel .1238 and .1190. No published number was found for NYU-795.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.config.option import option
-from dinoreg.data.source import ChosenSource, Source
+from dinoreg.data.source import ChosenSource, Source, stamp_of_files
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, at_test_time, released, with_registers
-from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paths_source
-from dinoreg.evaluation.readers.pixel_maps import read_depth_map
+from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paths_source, present
+from dinoreg.evaluation.readers.pixel_maps import read_millimetres
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, reworded
 
@@ -41,34 +39,29 @@ TRAIN_CROP: Crop = ((45, 472, 43, 608), SIZE)
 FRAME: Crop = ((7, 474, 7, 632), SIZE)  # what lies inside the white frame
 
 LABELLED, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
+DEPTHS = "rawDepths"  # in LABELLED
 LABELLED_ARCHIVE = "the labelled dataset of the NYU Depth V2 page (2.8 GB)"
 SPLITS_ARCHIVE = "indoor_seg_sup of the same authors, or the dataset's page"
 # (train list, test list, folders that the rows of each may be relative to): BTS's names, then the depth toolbox's.
 LISTS = (("nyudepthv2_train_files_with_gt.txt", "nyudepthv2_test_files_with_gt.txt"), ("nyu_train.txt", "nyu_test.txt"))
-LAYOUTS = ("auto", "labelled", "sync")
 BASES = {"train": ("sync", "train", "."), "test": ("official_splits/test", "test", ".")}
 LIST_ARCHIVE = "train_test_inputs of BTS, or the lists of the Monocular-Depth-Estimation-Toolbox"
 FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, made from the labelled file"}
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The splits of the chosen layout; where both exist, `auto` takes `sync`, to which the published numbers belong.
+    """The splits of `sync` where its lists are there, to which the published numbers belong, else of `labelled`.
 
     extra["eigen_crop"] is the part of an image that is scored, extra["train_crop"] the part that is trained on.
 
-    raises  UserError for a file that is missing or of another form, and for depths that the layout does not have
+    raises  UserError for a file that is missing or of another form
     """
-    layout, depths = options["layout"], options["depths"]
     complete = [pair for pair in LISTS if all((folder / name).is_file() for name in pair)]
-    if layout == "auto":
-        layout = "sync" if complete else "labelled"
-    if layout == "labelled":
-        splits, variant, train = _labelled(folder, depths), f"NYU-795, {depths} depths", 795
-    else:
-        if depths != "raw":
-            raise UserError(f"{NAME}.depths={depths}: the sync layout holds raw depths only; use layout=labelled")
-        splits = {split: _listed(folder, name, split) for split, name in zip(BASES, [*complete, LISTS[0]][0])}
+    if complete:
+        splits = {split: _listed(folder, name, split) for split, name in zip(BASES, complete[0])}
         variant, train = "synced frames, raw depths", 24_231
+    else:
+        splits, variant, train = _labelled(folder), "NYU-795, raw depths", 795
     extra = {"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP, "official_counts": {"train": train, "test": 654}}
     return Data(splits, variant=variant, extra=extra)
 
@@ -77,11 +70,9 @@ def _listed(folder: Path, name: str, split: str) -> DepthMaps:
     """The frames of a list file."""
     rows = matched(folder / name, r"/*(\S+)\s+/*(\S+).*", "an image and its depth", NAME, LIST_ARCHIVE)
     base = folder / next((each for each in BASES[split] if (folder / each / rows[0][0]).is_file()), BASES[split][0])
-    if not (base / rows[0][0]).is_file():
-        raise missing(base / rows[0][0], NAME, FRAMES_ARCHIVE[split])
-    images = paths_source(base, (image for image, _ in rows), NAME)
+    images = present(paths_source(base, (image for image, _ in rows), NAME), NAME, FRAMES_ARCHIVE[split])
     maps = paths_source(base, (depth for _, depth in rows), NAME)
-    return DepthMaps(images, lambda index: read_depth_map(Path(maps.name(index))), maps.stamp())
+    return DepthMaps(images, lambda index: read_millimetres(Path(maps.name(index))), maps.stamp())
 
 
 class LabelledFrames(Source):
@@ -89,26 +80,22 @@ class LabelledFrames(Source):
 
     h5py sees MATLAB's axes in reverse: images (n, 3, W, H) uint8, depths (n, W, H) float32 metres.
 
-    depths  "raw" (0 where the sensor gave none) or "filled" (in-painted)
     raises  UserError without h5py, and for a file that is missing or of another form
     """
 
-    def __init__(self, path: Path, depths: str) -> None:
+    def __init__(self, path: Path) -> None:
         with reworded(f"{NAME}: reading {path} needs h5py: {install('h5py')}", ImportError):
             import h5py
-        self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
-        self._lock = Lock()
+        self.path, self._lock = path, Lock()
         if not path.exists():
             raise missing(path, NAME, LABELLED_ARCHIVE)
-        what = f"images and {self.key} cannot be read, expected a MATLAB 7.3 file"
+        what = f"images and {DEPTHS} cannot be read, expected a MATLAB 7.3 file"
         with reworded(f"{NAME}: {path}: {what}", OSError, KeyError, AttributeError):
             self._file = h5py.File(path, "r")
-            images, maps = (tuple(self._file[key].shape) for key in ("images", self.key))
+            images, maps = (tuple(self._file[key].shape) for key in ("images", DEPTHS))
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
-            raise UserError(
-                f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
-                "(n, width, height)"
-            )
+            expected = "expected (n, 3, width, height) and (n, width, height)"
+            raise UserError(f"{NAME}: {path}: images {images} and {DEPTHS} {maps}, {expected}")
         self.total, _, self.width, self.height = images
 
     def __len__(self) -> int:
@@ -123,8 +110,8 @@ class LabelledFrames(Source):
 
     def depth(self, index: int) -> np.ndarray:
         """Depth (H, W) float32 metres, 0 where unknown; UserError where it cannot be read."""
-        with reworded(f"{NAME}: {self.name(index)}: {self.key} cannot be read", OSError):
-            return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
+        with reworded(f"{NAME}: {self.name(index)}: {DEPTHS} cannot be read", OSError):
+            return np.ascontiguousarray(self._read(DEPTHS, index).T, dtype=np.float32)
 
     def _read(self, key: str, index: int) -> np.ndarray:
         with self._lock:
@@ -140,12 +127,11 @@ class LabelledFrames(Source):
 
     def stamp(self) -> str:
         """As `fingerprint`, and also over the file's size and time of change."""
-        stat = os.stat(self.path)
-        return hashlib.sha256(f"{self.fingerprint()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+        return stamp_of_files(self.fingerprint().encode(), [str(self.path)])
 
 
-def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
-    frames, path = LabelledFrames(folder / LABELLED, depths), folder / SPLITS
+def _labelled(folder: Path) -> dict[str, DepthMaps]:
+    frames, path = LabelledFrames(folder / LABELLED), folder / SPLITS
     train, test = matlab_numbers(path, ("trainNdxs", "testNdxs"), frames.total, NAME, SPLITS_ARCHIVE).values()
     shared = np.intersect1d(train, test)
     if len(shared):
@@ -192,10 +178,6 @@ BENCHMARK = Benchmark(
     ),
     download=f"{LABELLED} and {SPLITS}; or, for the published protocol, BTS's sync.zip, official_splits and file lists",
     licence="no licence text found; unverified",
-    options={
-        "layout": option("auto", "labelled: the .mat file, NYU-795; sync: BTS folders and lists", choices=LAYOUTS),
-        "depths": option("raw", "filled: in-painted, of the labelled layout only", choices=("raw", "filled")),
-    },
     aliases=("nyud", "nyu_depth_v2"),
 )
 

@@ -55,14 +55,9 @@ def _categories(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"class {number}" for number in range(CLASSES)]
     rows = _rows(path)
-    files.require_distinct((number for number, _ in rows), "number", f"{NAME}: {path}")
-    names = {}
-    for text, name in rows:
-        number = files.whole_number(text, f"the number of {name}", path, 0, CLASSES - 1)
-        names[number] = name.strip("/").partition("/")[2] or name
-    if sorted(names) != list(range(len(names))):
-        raise UserError(f"{NAME}: {path}: the numbers of its {len(names)} classes are not 0..{len(names) - 1}")
-    return [names[number] for number in range(len(names))]
+    if [number for number, _ in rows] != [str(number) for number in range(len(rows))]:
+        raise UserError(f"{NAME}: {path}: its {len(rows)} classes are not numbered 0..{len(rows) - 1}")
+    return [name.strip("/").partition("/")[2] or name for _, name in rows]
 
 
 def _base(folder: Path, rows: list[tuple[str, str]], given: str) -> Path:

@@ -27,7 +27,7 @@ from dinoreg.data.folder_index import load_index
 from dinoreg.data.open import read_labelled
 from dinoreg.data.statistics import inspect_source
 from dinoreg.data.tar_index import index_tars
-from dinoreg.evaluation.features.cache import _rows_done
+from dinoreg.evaluation.features.cache import _written
 from dinoreg.runtime.environment import start_time
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.load import load
@@ -66,9 +66,9 @@ def test_caches_with_objects_in_them_are_computed_anew_and_run_nothing(tmp_path:
     objects[0] = Payload(ran)
     np.savez(tmp_path / "index.npz", evidence=objects, paths=objects)
     np.save(tmp_path / "rows.npy", objects)
-    (tmp_path / "rows.json").write_text('{"done": 1, "crc32": 0}')
+    (tmp_path / "rows.json").write_text('{"done": 1, "size": 9, "crc32": 0}')
     assert load_index(tmp_path / "index.npz", "") is None
-    assert _rows_done(tmp_path / "rows.npy", tmp_path / "rows.json", 1) == (0, 0)
+    assert _written(tmp_path / "rows.npy", tmp_path / "rows.json", 1) == (0, 0, 0)
     assert not ran.exists()
 
 

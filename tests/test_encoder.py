@@ -116,9 +116,9 @@ def test_pixel_tokens_are_the_pixels_of_their_patch(images: Tensor) -> None:
 
 def test_bad_images_blocks_and_models_are_refused_in_one_line(images: Tensor) -> None:
     encoder = small_encoder()
-    with pytest.raises(UserError, match="32x44 pixels, expected multiples of the patch size 8"):
+    with pytest.raises(UserError, match=r"32, 44\), expected .* multiples of the patch size 8"):
         encoder.tokens(images[:, :, :, :44])
-    with pytest.raises(UserError, match="expected \\(B, 3, H, W\\)"):
+    with pytest.raises(UserError, match=r"expected \(B, 3, H, W\)"):
         encoder.tokens(images[:, :2])
     with pytest.raises(UserError, match="block 5 is out of range"):
         encoder.layers(images, (5,))

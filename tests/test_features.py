@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,17 +140,6 @@ def test_a_damaged_file_is_computed_anew_and_said(
     assert "not as it was written" in capsys.readouterr().err
     whole = extract_features(where(tmp_path / "other", batch_size=2), small_encoder(), source, CROP)
     np.testing.assert_array_equal(found, whole)
-
-
-def test_values_that_are_not_finite_are_computed_anew_whatever_the_checksum(folder: Path, tmp_path: Path) -> None:
-    source, place = open_source(str(folder)), where(tmp_path)
-    first = np.array(extract_features(place, small_encoder(), source, CROP))
-    (file,), (note,) = place.features.glob("*.npy"), place.features.glob("*.json")
-    content = bytearray(file.read_bytes())
-    content[-4:] = np.float32(np.nan).tobytes()
-    file.write_bytes(content)
-    note.write_text(json.dumps({**json.loads(note.read_text()), "crc32": zlib.crc32(content[-first.nbytes :])}))
-    np.testing.assert_array_equal(extract_features(place, small_encoder(), source, CROP), first)
 
 
 def test_two_processes_that_extract_the_same_do_not_mix_their_rows(folder: Path, tmp_path: Path) -> None:

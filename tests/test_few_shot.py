@@ -38,10 +38,15 @@ from dinoreg.runtime.errors import UserError
 from tests.miniatures import own
 
 TASK = Task(protocol="few_shot", read=lambda folder, options: Data({}), metric="top-1")
-PIXELS = PixelEncoder(14, (28, 28), side=6)
+PIXELS = PixelEncoder(14, (28, 28))
 FAST = EvalOptions(logistic=LogisticOptions(min_c=1e-4, max_c=1e4, num_c=5))
 CHOSEN = {"seed": 0, "device": torch.device("cpu"), "metric": "top-1"}
 QUICK = dataclasses.replace(FAST, few_shot=FewShotOptions(shots=(1, 5), shares=(1.0,), repeats=3))
+
+
+@pytest.fixture(autouse=True)
+def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinoreg.evaluation.backbones.encoder.PIXEL_SIDE", 6)
 
 
 def labels_only(labels: list[int], num_classes: int) -> Labelled:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dinoreg.evaluation.dense.pictures import PANEL, coloured, palette, panel, triptych
-from dinoreg.evaluation.readers.pixel_maps import read_label_map
+from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.errors import UserError
 
 
@@ -43,33 +43,28 @@ def test_an_example_shows_image_prediction_and_truth_side_by_side() -> None:
 
 
 def test_masks_keep_their_numbers_whatever_kind_of_png_they_are(tmp_path: Path) -> None:
-    Image.new("RGB", (3, 2)).save(tmp_path / "image.png")
     numbers = np.array([[0, 1, 200], [7, 7, 0]], dtype=np.uint8)
     grey = Image.fromarray(numbers)
     grey.save(tmp_path / "grey.png")
     indexed = grey.copy()
     indexed.putpalette([value for k in range(256) for value in (255 - k, k, 3)])
     indexed.save(tmp_path / "palette.png")
-    Image.fromarray(numbers.astype(np.uint16) * 300).save(tmp_path / "deep.png")
-    for name, factor in (("grey", 1), ("palette", 1), ("deep", 300)):
-        found = read_label_map(tmp_path / f"{name}.png", tmp_path / "image.png", "own")
-        assert found.tolist() == (numbers.astype(int) * factor).tolist()
+    Image.fromarray(numbers.astype(np.uint16) + 300).save(tmp_path / "deep.png")
+    for name, first in (("grey", 0), ("palette", 0), ("deep", 300)):
+        found = read_mask(tmp_path / f"{name}.png", range(first, first + 201), first - 1, "own")
+        assert found.dtype == np.uint8
+        assert found.tolist() == numbers.tolist()
 
 
 def test_a_mask_that_is_not_one_is_refused_by_name(tmp_path: Path) -> None:
-    image = tmp_path / "image.png"
-    Image.new("RGB", (3, 2)).save(image)
-    Image.new("L", (2, 3)).save(tmp_path / "turned.png")
-    Image.new("L", (3, 2)).save(tmp_path / "good.png")
+    Image.new("L", (2, 3)).save(tmp_path / "good.png")
     Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
-    (tmp_path / "torn.png").write_bytes((tmp_path / "turned.png").read_bytes()[:40])
-    (tmp_path / "torn_image.png").write_bytes(b"no picture")
-    for name, beside, message in (
-        ("none.png", image, r"own: .*none\.png is missing; it is the mask of image\.png"),
-        ("turned.png", image, r"own: .*turned\.png is 2 x 3 pixels, its image image\.png is 3 x 2"),
-        ("colour.png", image, r"own: .*colour\.png is a picture in colour \(RGB\), expected a palette or grey PNG"),
-        ("torn.png", image, r"own: .*torn\.png cannot be read as a mask"),
-        ("good.png", tmp_path / "torn_image.png", r"own: .*torn_image\.png cannot be read as an image"),
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    for name, message in (
+        ("none.png", r"own: .*none\.png cannot be read as a mask \(No such file"),
+        ("colour.png", r"own: .*colour\.png is a picture in colour \(RGB\), expected a palette or grey PNG"),
+        ("torn.png", r"own: .*torn\.png cannot be read as a mask"),
+        ("good.png", r"own: .*good\.png has the value 0, expected 1\.\.2 or 255"),
     ):
         with pytest.raises(UserError, match=message):
-            read_label_map(tmp_path / name, beside, "own")
+            read_mask(tmp_path / name, range(1, 3), 255, "own")

@@ -155,10 +155,13 @@ def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> 
     assert abs(row.value - row.chance) < 0.2
 
 
-def test_without_a_validation_split_a_seeded_share_of_train_is_held_out(tmp_path: Path) -> None:
+def test_without_a_validation_split_a_seeded_share_of_train_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoreg.evaluation.backbones.encoder.PIXEL_SIDE", 8)
     data, task = voc(tmp_path)
     data = replace(data, splits={name: data.splits[name] for name in ("train", "test")})
-    encoder = PixelEncoder(14, (28, 28), side=8)
+    encoder = PixelEncoder(14, (28, 28))
     first = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "a")))[0]
     again = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "b")))[0]
     assert first.chosen_on == "10% of train, seed 0"
@@ -168,7 +171,7 @@ def test_without_a_validation_split_a_seeded_share_of_train_is_held_out(tmp_path
 
 def test_wrong_data_and_metrics_are_refused(tmp_path: Path) -> None:
     data, task = voc(tmp_path, per_class=1)
-    encoder = PixelEncoder(14, (28, 28), side=4)
+    encoder = PixelEncoder(14, (28, 28))
     missing = replace(data, splits={"train": data.splits["train"]})
     with pytest.raises(UserError, match="the test split is missing"):
         evaluate(Measurement(encoder, missing, task, FAST, context(tmp_path)))

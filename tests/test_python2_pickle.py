@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,15 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path, protocol: int) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"(S'touch x'\nios\nsystem\n.", "the instruction INST"),
-        (b"\x80\x02\x82\x01.", "the instruction EXT1"),
-        (b"Pname\n.", "the instruction PERSID"),
+        (b"(S'touch x'\nios\nsystem\n.", "os.system, which is not allowed"),
+        (b"\x80\x02\x82\x01.", "not a readable pickle"),
+        (b"Pname\n.", "persistent id"),
         (b"\x80\x02cnumpy\nload\n.", "numpy.load, which is not allowed"),
         (b"\x80\x02c_codecs\ndecode\n.", "_codecs.decode, which is not allowed"),
         (b"\x80\x04\x8c\x05numpy\x8c\x0dfromfile\nnext\x93.", "numpy.fromfile next, which"),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "stores values far apart"),
-        (b"\x80\x02c_codecs\nencode\n}U\x08__code__K\x01sb.", "changes a function"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.", "not a readable pickle"),  # a bytearray of a terabyte
+        (b"\x80\x02c_codecs\nencode\n}U\x08__code__K\x01sb.", "not a readable pickle"),
+        (b"\x80\x02c_codecs\nencode\nN}U\x07__new__K\x01s\x86b.", "not a readable pickle"),
         (b"\x80\x02]q\x00.", "no dictionary with names for keys"),
         (b"\x80\x02}K\x01K\x02s.", "no dictionary with names for keys"),
         (b"\x80\x02}U\x01aU\x01b", "not a readable pickle"),
@@ -128,7 +130,15 @@ def test_arrays_of_objects_and_arrays_that_do_not_fill_their_shape_are_refused(t
     for claimed in (b"K\x08K\x07\x86", b"J" + struct.pack("<i", 2**30) + b"K\x07\x86", b"J\xff\xff\xff\xffK\x07\x86"):
         refused(tmp_path / "batch", content.replace(shape, claimed), "do not fill it")
     begun = b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87Rs."
-    refused(tmp_path / "batch", begun, "an array without data")
+    assert read_dictionary(_written(tmp_path / "batch", begun), "cifar10", "archive")["data"].shape == (0,)
+
+
+def test_places_far_apart_take_no_memory(tmp_path: Path) -> None:
+    path = _written(tmp_path / "batch", b"\x80\x02}r\xff\xff\xff\x7f.")
+    tracemalloc.start()
+    assert read_dictionary(path, "cifar10", "archive") == {}
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 def test_every_cut_of_a_batch_is_a_readable_message(tmp_path: Path) -> None:

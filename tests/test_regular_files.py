@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +16,7 @@ from dinoreg.data.open import open_source
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.readers.files import read_bytes
-from dinoreg.evaluation.readers.pixel_maps import read_pixels, require_size
+from dinoreg.evaluation.readers.pixel_maps import read_mask, read_pixels
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json, read_text
@@ -49,7 +48,7 @@ READERS: list[tuple[Callable[[Path], object], type[Exception]]] = [
     (read_pixels, OSError),
     (read_file, UserError),
     (lambda path: read_bytes(path, "own", "an archive"), UserError),
-    (lambda path: require_size("map", np.zeros((2, 2)), path), UserError),
+    (lambda path: read_mask(path, range(2), 255, "own"), UserError),
 ]
 
 

@@ -225,9 +225,14 @@ def benchmarks() -> dict[str, Benchmark]:
     return {each.name: each for each in map(load_benchmark, sorted(bundled("eval").glob("*.py")))}
 
 
+def named() -> dict[str, Benchmark]:
+    """The shipped declarations by every name and alias."""
+    return {name: each for each in benchmarks().values() for name in (each.name, *each.aliases)}
+
+
 def is_shipped(name: str) -> bool:
     """Whether a name means shipped datasets, whatever is called so in the current folder."""
-    return name == "all" or any(name.lower() in (each.name, *each.aliases) for each in benchmarks().values())
+    return name == "all" or name.lower() in named()
 
 
 def shadowed(names: Iterable[str]) -> list[str]:
@@ -243,15 +248,12 @@ def find_benchmark(name: str) -> Benchmark:
     """
     if name.endswith(".py"):
         return load_benchmark(Path(name))
-    known = benchmarks()
-    aliases = {alias: each for each in known.values() for alias in each.aliases}
-    benchmark = (aliases | known).get(name.lower())
-    if benchmark is None:
+    if name.lower() not in named():
         if "/" in name or "\\" in name or PurePosixPath(name).suffix:
             raise UserError(f"{name}: does not exist; expected a labelled folder, a table, or a dataset of eval --list")
-        hint = nearest(name, known) or nearest(name, aliases)
-        raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
-    return benchmark
+        hint = nearest(name, benchmarks()) or nearest(name, named())
+        raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(benchmarks())}")
+    return named()[name.lower()]
 
 
 def load_benchmark(path: Path) -> Benchmark:

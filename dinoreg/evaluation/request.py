@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoreg.config.option import dotted, nearest, read
 from dinoreg.data.shards import is_place
-from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, benchmarks, find_benchmark, is_shipped, shadowed
+from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, benchmarks, find_benchmark, is_shipped, named, shadowed
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.runtime.errors import UserError
 
@@ -31,7 +31,7 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
 
     raises UserError for an unknown key, naming the nearest, a value that is not accepted, or an unknown protocol
     """
-    names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
+    names = {name: each.name for name, each in named().items()} | {"own": "own"}
     general: dict[str, Any] = {}
     dataset: dict[str, dict[str, Any]] = {}
     for key, value in dotted(overrides).items():

@@ -353,8 +353,6 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
         for split in tested.values()
         for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
     ]
-    if not places:
-        return []
 
     def is_watched(number: int) -> bool:
         source, index = places[number]

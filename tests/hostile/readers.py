@@ -35,7 +35,7 @@ from dinoreg.data.folder_index import load_index, save_index
 from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.tar_index import index_tars
 from dinoreg.data.value_range import BadImage, ValueRange
-from dinoreg.evaluation.features.cache import _rows_done
+from dinoreg.evaluation.features.cache import _written
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, read_pixels
 from dinoreg.evaluation.readers.python2_pickle import read_dictionary
 from dinoreg.jobs.records import JOBS, read_events, read_records
@@ -130,9 +130,9 @@ def _tables(place: Path, add: Callable[..., None]) -> None:
     (place / "c.yaml").write_text(to_yaml(load_config("small", {"data": "x"})))
     add("config", place / "c.yaml", lambda: load_config(place / "c.yaml"))
     np.save(place / "rows.npy", np.arange(40, dtype=np.float32).reshape(5, 8))
-    (place / "rows.json").write_text(json.dumps({"done": 5, "crc32": 0}))
+    (place / "rows.json").write_text(json.dumps({"done": 5, "size": 288, "crc32": 0}))
     for suffix in ("npy", "json"):
-        read = lambda: _rows_done(place / "rows.npy", place / "rows.json", 5)  # noqa: E731
+        read = lambda: _written(place / "rows.npy", place / "rows.json", 5)  # noqa: E731
         add(f"features {suffix}", place / f"rows.{suffix}", read)
     save_index(place / "index.npz", "as it was", {"paths": np.arange(5)}, time.time_ns(), 0)
     add("index", place / "index.npz", lambda: load_index(place / "index.npz", "as it was"))

@@ -98,15 +98,10 @@ class Encoder(ABC):
         images   (B, C, H, W) uint8, or float in [0, 1]
         returns  (B, C, H, W); UserError for another shape, or for a side that the patch size does not divide
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise UserError(
-                f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
-            )
-        if any(side % self.patch_size for side in images.shape[2:]):
-            raise UserError(
-                f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
-                f"expected multiples of the patch size {self.patch_size}"
-            )
+        patch = self.patch_size
+        if images.ndim != 4 or images.shape[1] != self.in_channels or any(side % patch for side in images.shape[2:]):
+            expected = f"expected (B, {self.in_channels}, H, W) with H and W multiples of the patch size {patch}"
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape)}, {expected}")
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # from other memory the copy would wait for the device
         return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
@@ -299,27 +294,21 @@ class TransformersEncoder(_ModuleEncoder):
 class PixelEncoder(Encoder):
     """The baseline without a network: patch tokens are the patch's pixels, the class token the entire image, small.
 
-    patch_size  pixels, of the encoder that it is compared with
-    side        pixels; the class token is the image resampled to (side, side), so C side² numbers; a patch token has
-                C patch_size²
+    patch_size  pixels, of the encoder that it is compared with; a patch token has C patch_size² numbers, a class token
+                those of the image resampled to PIXEL_SIDE
     """
 
     pools = False  # the widths differ
 
     def __init__(
-        self,
-        patch_size: int,
-        image_size: tuple[int, int],
-        in_channels: int = 3,
-        side: int = PIXEL_SIDE,
-        device: torch.device | str = "cpu",
+        self, patch_size: int, image_size: tuple[int, int], in_channels: int = 3, device: torch.device | str = "cpu"
     ) -> None:
-        self.name, self.patch_size, self.image_size, self.side = "raw pixels", patch_size, image_size, side
+        self.name, self.patch_size, self.image_size = "raw pixels", patch_size, image_size
         self.dim, self.depth, self.num_registers, self.in_channels = in_channels * patch_size**2, 1, 0, in_channels
         stated = {"mean": [0.5], "std": [0.25]}
         self.preprocessing = Preprocessing.of(stated, in_channels, image_size, patch_size, self.name)
         self.device, self.dtype = torch.device(device), torch.float32
-        self.identity = hashlib.sha256(f"pixels {patch_size} {in_channels} {side}".encode()).hexdigest()[:16]
+        self.identity = hashlib.sha256(f"pixels {patch_size} {in_channels} {PIXEL_SIDE}".encode()).hexdigest()[:16]
 
     def random_init(self, seed: int = 0) -> Encoder:
         """The encoder itself: it has no weights."""
@@ -327,7 +316,7 @@ class PixelEncoder(Encoder):
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
         # A fixed size, so that class tokens of images of different sizes have one width.
-        small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        small = F.interpolate(x, size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True, align_corners=False)
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT
         return [Tokens(small.flatten(1), x.new_empty(len(x), 0, patches.shape[2]), patches)] * len(blocks)
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +24,12 @@ from dinoreg.data.labelled import read_classes
 from dinoreg.evaluation.custom.pairs import Pairs, Survey, survey, training_length, turned
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented, Split
 from dinoreg.evaluation.options import DepthOptions, SegmentationOptions
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels
+from dinoreg.evaluation.readers.pixel_maps import NOT_DEPTH, UNREADABLE, PixelFile, read_depth, read_pixels
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.printable import listed
-from dinoreg.runtime.regular_files import load_array
 
 PUBLISHED_MASKS = SegmentationOptions()
 COLOUR = 1 << 24  # added to 0xRRGGBB, which is no class number then
-SMALL = 1 << 16  # numbers below are looked up in a table
 BLURRED = ("JPEG", "MPO", "WEBP")  # formats that change numbers
 MOST_VOID = 0.5  # of a split's pixels, above which it is said
 MOST_LISTED = 6  # values that a message gives shares of
@@ -39,7 +38,6 @@ MOST_SUGGESTED = 12  # classes without a classes.txt that a message makes of the
 PUBLISHED_DEPTH = DepthOptions()
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}  # in metres
 UNIT = "m, cm, mm, or a part of a metre such as 0.0002 or 1/256"
-NOT_DEPTH = "disparity is not depth, focal length x baseline / disparity is"
 SAMPLED = 2_000_000  # depths of a split that its range is measured by, at most
 PLAUSIBLE = (1.0, 1000.0)  # metres; largest depth of floats whose unit is not given
 ONE_OUTLIER, FAR = 0.999, 2.0  # a largest depth beyond FAR times this quantile is no limit
@@ -100,14 +98,10 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
 
 def numbered(values: np.ndarray, classes: Sequence[int]) -> np.ndarray:
     """Values of a file (H, W) as classes, uint8: the place of each in `classes`; IGNORED where it is none of them."""
-    if max(classes) < SMALL and values.min(initial=0) >= 0 and values.max(initial=0) < SMALL:
-        table = np.full(SMALL, IGNORED, dtype=np.uint8)
-        table[list(classes)] = np.arange(len(classes))
-        return table[values]
-    order = np.argsort(classes)
-    ascending = np.asarray(classes)[order]
-    place = np.searchsorted(ascending, values).clip(max=len(order) - 1)
-    return np.where(ascending[place] == values, order[place], IGNORED).astype(np.uint8)
+    found = np.full(values.shape, IGNORED, dtype=np.uint8)
+    for place, value in enumerate(classes):
+        found[values == value] = place
+    return found
 
 
 def _values(text: str) -> list[int]:
@@ -128,12 +122,7 @@ def _values(text: str) -> list[int]:
 
 def _counted(path: Path, pixels: PixelFile) -> tuple[Path, np.ndarray, np.ndarray]:
     """(file, the values it has, how many pixels have each)"""
-    values = pixels.values.ravel()
-    if values.min(initial=0) >= 0 and values.max(initial=0) < SMALL:  # seven times as fast as sorting
-        counts = np.bincount(values)
-        present = np.flatnonzero(counts)
-        return path, present, counts[present]
-    return path, *np.unique(values, return_counts=True)
+    return path, *np.unique(pixels.values, return_counts=True)
 
 
 def _total(found: Sequence[tuple[Path, np.ndarray, np.ndarray]]) -> Counter[int]:
@@ -189,12 +178,11 @@ def _suggestion(total: Counter[int], num_names: int) -> str:
     more = f" and {len(total) - MOST_LISTED} other values" if len(total) > MOST_LISTED else ""
     void = f", of which {IGNORED} is not counted" if IGNORED in total else ""
     if any(value >= COLOUR for value in total):  # a mask without colours was read as grey
-        total = Counter({value if value >= COLOUR else COLOUR + 0x010101 * value: 1 for value in total})
-    chosen = [value for value in total if value != IGNORED]
-    if len(chosen) < 2 or len(total) == num_names:
-        chosen = list(total)
-    if len(chosen) > (num_names or MOST_SUGGESTED):  # edges between the others, mixed from both
-        chosen = [value for value, _ in total.most_common(max(num_names, 2))]
+        total = Counter({each if each >= COLOUR else COLOUR + 0x010101 * each: total[each] for each in total})
+    few = num_names or (len(total) if len(total) <= MOST_SUGGESTED else 2)  # others are edges, mixed from both
+    chosen = {value for value, _ in total.most_common(few)}
+    if few > 2 and not num_names:
+        chosen.discard(IGNORED)
     example = f"[{','.join(map(_shown, sorted(chosen)))}]" if len(chosen) > 1 else "[0,255]"
     key = f"own.values={example} lists what is a class, in this order, and counts nothing else"
     return f"they hold {shares}{more}{void}; {key}"
@@ -308,23 +296,6 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], w
     return Data(splits, (), variant, extra, options=lambda side: {**set_by_data, "min_size": side})
 
 
-def read_depth(path: Path) -> PixelFile:
-    """The numbers (H, W) of a depth file as they are; UserError for one that cannot be read or has no single number for
-    each pixel."""
-    with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
-        numbers = path.suffix.lower() == ".npy"
-        pixels = PixelFile(load_array(path), "", "npy") if numbers else read_pixels(path)
-    values = pixels.values
-    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if values.ndim != 2 or values.dtype.kind not in "fiu" or pixels.mode == "P":
-        what = f"a picture of mode {pixels.mode}" if pixels.mode else f"{values.dtype} {values.shape}"
-        raise UserError(f"{path}: holds {what}, expected a depth (height, width) for each pixel; {NOT_DEPTH}")
-    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    if known.min(initial=0) < 0:
-        raise UserError(f"{path}: holds a depth of {known.min():g}, expected 0 (unknown) or more")
-    return pixels._replace(values=values)
-
-
 def known_depth(values: np.ndarray) -> np.ndarray:
     """Depths as float32, 0 where unknown: not finite, or the largest number of 16 and more bits."""
     if values.dtype.kind == "f":
@@ -362,9 +333,8 @@ def _unit(text: str) -> float | None:
     """Metres of `own.depth_unit`, None for ""; UserError for what is no unit."""
     if not text or text in UNITS:
         return UNITS.get(text)
-    match = re.fullmatch(r"(?:1\s*/\s*(?P<of>\d+(?:\.\d+)?)|(?P<part>[\d.]+(?:e-?\d+)?))", text.lower())
     try:
-        value = 0.0 if match is None else 1 / float(match["of"]) if match["of"] else float(match["part"])
+        value = float(Fraction(text.replace(" ", "")))
     except (ValueError, ZeroDivisionError):
         value = 0.0
     if not 0 < value <= 1:

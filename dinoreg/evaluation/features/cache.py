@@ -9,14 +9,14 @@ that want much come before those that want a part of it.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import time
-import tokenize
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import part_name, reason, write_atomic
+from dinoreg.checkpoint.atomic import part_name, write_atomic
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import SAVE_SECONDS, Context
 from dinoreg.evaluation.features.images import Picture, read_picture, stack_images
 from dinoreg.runtime.digest import blocks
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import RunError, reworded
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
@@ -103,7 +103,7 @@ def _superset(folder: Path, name: str, count: int, wanted: list[str]) -> np.ndar
         path = noted.with_suffix(".npy")
         # A slice, unlike a list of places, stays on the disk.
         is_meant = note.get("done") == count and kept[first : first + len(wanted)] == wanted
-        if is_meant and _rows_done(path, noted, count)[0] == count:
+        if is_meant and _written(path, noted, count)[0] == count:
             return np.load(path, mmap_mode="r")[:, first : first + len(wanted)]
     return None
 
@@ -156,48 +156,45 @@ def extract_rows(
     compute      batch (b, C, h, w) uint8 or float32 in 0..1 -> (b, ...), a row for each image
     batch_size   images of a batch; 0: the context's
     what         is shown beside the progress
-    advice       behind the message that the disk is full
+    advice       behind the message that the disk is too small
     raises       RunError naming the first image whose row is not finite, or where the disk is too small
 
     An interrupted extraction resumes.
     """
     noted, batch_size = path.with_suffix(".json"), batch_size or context.batch_size
-    done, crc = _rows_done(path, noted, len(source))
+    done, size, crc = _written(path, noted, len(source))
     if done == len(source):
         return np.load(path, mmap_mode="r")
-    with _in_words(f"{path}: the {what} cannot be written", advice), contextlib.ExitStack() as stack:
+    with reworded(f"{path}: the {what} cannot be written", OSError, into=RunError), contextlib.ExitStack() as stack:
         aside, file = _aside(path)
         stack.callback(_close, file)
         if aside != part_name(path):
             stack.callback(aside.unlink, missing_ok=True)
-            done = crc = 0
-        unnoted, noted_at, left = 0, time.monotonic(), -(-(len(source) - done) // batch_size)
+            done = size = crc = 0
+        file.truncate(size)
+        file.seek(size)
+        first, unnoted, noted_at = done, 0, time.monotonic()
         loaded = parallel(load, range(done, len(source)), context.workers)
         batches = iter(lambda: list(islice(loaded, batch_size)), [])
-        for images in context.progress(batches, left, f"{what} ({encoder.name})"):
+        for images in context.progress(batches, -(-(len(source) - done) // batch_size), f"{what} ({encoder.name})"):
             rows = np.ascontiguousarray(compute(stack_images(images)).cpu().numpy(), dtype=context.features_dtype)
             require_finite(torch.from_numpy(rows), [source.name(done + place) for place in range(len(rows))], encoder)
-            if file.tell() == 0:
-                _begin(file, (len(source), *rows.shape[1:]), rows.dtype, done, path.parent, f"the {what}", advice)
-            file.write(rows.data)
-            done, crc, unnoted = done + len(rows), zlib.crc32(rows.data, crc), unnoted + rows.nbytes
+            if done == first:
+                _require_space(path.parent, (len(source) - done) * rows[0].nbytes, f"the {what}", advice)
+            chunk = (b"" if size else _header((len(source), *rows.shape[1:]), rows.dtype)) + rows.tobytes()
+            file.write(chunk)
+            done, size, crc = done + len(rows), size + len(chunk), zlib.crc32(chunk, crc)
+            unnoted += len(chunk)
             if unnoted >= FLUSH_BYTES or time.monotonic() - noted_at > SAVE_SECONDS or done == len(source):
                 file.flush()
                 os.fsync(file.fileno())
                 if done == len(source):
                     os.replace(aside, path)
                 if done == len(source) or aside == part_name(path):
-                    write_atomic(noted, json.dumps({**(note or {}), "done": done, "crc32": crc}) + "\n")
+                    state = {"done": done, "size": size, "crc32": crc}
+                    write_atomic(noted, json.dumps({**(note or {}), **state}) + "\n")
                 unnoted, noted_at = 0, time.monotonic()
     return np.load(path, mmap_mode="r")
-
-
-@contextlib.contextmanager
-def _in_words(trouble: str, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{trouble} ({reason(error)}){advice and f'; {advice}'}") from error
 
 
 def _close(file: BinaryIO) -> None:
@@ -205,38 +202,34 @@ def _close(file: BinaryIO) -> None:
         file.close()
 
 
-def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
-    """How many of `count` rows are there as they were written, and their CRC-32; (0, 0) where the file is damaged."""
+def _written(path: Path, noted: Path, count: int) -> tuple[int, int, int]:
+    """How many of `count` rows are there as they were written, the bytes of the file up to there, and their CRC-32.
+
+    (0, 0, 0) where there are none, or the file is damaged.
+    """
     note = read_json(noted)
-    done, expected = note.get("done"), note.get("crc32")
-    if type(done) is not int or type(expected) is not int:
-        return 0, 0
-    with (
-        contextlib.suppress(OSError, ValueError, SyntaxError, tokenize.TokenError),
-        open_regular(path if done == count else part_name(path)) as file,
-    ):
-        shape, dtype = _read_header(file)
-        start, size, now = file.tell(), done * int(np.prod(shape[1:])) * dtype.itemsize, os.fstat(file.fileno())
-        whole = dtype.kind == "f" and 0 <= done <= count == shape[0]
-        if whole and _checksum(Path(file.name), start, size, dtype.str, now.st_ino, now.st_mtime_ns) == expected:
-            return done, expected
+    done, size, crc = (note.get(key) for key in ("done", "size", "crc32"))
+    if not type(done) is type(size) is type(crc) is int or size < 0 or not 0 <= done <= count:
+        return 0, 0, 0
+    with contextlib.suppress(OSError), open_regular(path if done == count else part_name(path)) as file:
+        now = os.fstat(file.fileno())
+        if _checksum(Path(file.name), size, now.st_ino, now.st_mtime_ns) == crc:
+            return done, size, crc
     _say_once(f"{path}: not as it was written; it is computed anew")
-    return 0, 0
+    return 0, 0, 0
 
 
 _say_once = lru_cache(maxsize=64)(print_status)
 
 
 @lru_cache(maxsize=64)
-def _checksum(path: Path, start: int, size: int, dtype: str, inode: int, modified: int) -> int | None:
-    """CRC-32 of the floats in `size` bytes from `start`; None where not all are finite.
+def _checksum(path: Path, size: int, inode: int, modified: int) -> int:
+    """CRC-32 of the first `size` bytes of a file.
 
     inode, modified  of the file: while they are the same, it is read once, however many protocols ask
     """
     crc = 0
-    for block in blocks(path, start, size):
-        if not np.isfinite(np.frombuffer(block, dtype)).all():
-            return None
+    for block in blocks(path, size=size):
         crc = zlib.crc32(block, crc)
     return crc
 
@@ -260,24 +253,17 @@ def _aside(path: Path) -> tuple[Path, BinaryIO]:
     return aside, file
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the .npy file at whose beginning `file` stands, which is left at its first row."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not version 1.0 of .npy")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, dtype
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What a .npy file has before its rows."""
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
 
 
-def _begin(
-    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, done: int, folder: Path, what: str, advice: str
-) -> None:
-    """Write or pass over the header, and go to where row `done` is to be written; RunError for too small a disk."""
-    row = int(np.prod(shape[1:])) * dtype.itemsize
-    needed, free = (shape[0] - done) * row, shutil.disk_usage(folder).free
+def _require_space(folder: Path, needed: int, what: str, advice: str) -> None:
+    """RunError for a disk without room for that many bytes."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
         sizes = f"need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
         raise RunError(f"{folder}: {what} {sizes}{advice and f'; {advice}'}")
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    file.truncate(file.tell() + done * row)
-    file.seek(0, os.SEEK_END)

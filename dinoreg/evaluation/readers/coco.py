@@ -24,8 +24,7 @@ from dinoreg.runtime.errors import UserError
 T = TypeVar("T")
 
 EMPTY_SIDE = 1e-3  # pixels; a box that is narrower holds nothing to learn from
-ANNOTATION = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", 4), ("area", "f8"), ("crowd", "?")])
-OBJECT = np.dtype([("box", "f4", 4), ("label", "i8"), ("crowd", "?"), ("area", "f4")])
+OBJECT = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f4", 4), ("area", "f4"), ("crowd", "?")])
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Instances:
 
     ids         (n,) int64 of the images
     files       (n,) names of the images' files
-    objects     per image (k,) OBJECT: boxes in pixels, areas in square pixels
+    objects     per image (k,) OBJECT: boxes in pixels, areas in square pixels, labels in the order of ids
     categories  (K,) names in the order of their ids
     """
 
@@ -72,11 +71,9 @@ def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -
     ids = np.array([number for number, _ in files], dtype=np.int64)
     require_distinct(ids.tolist(), "image", where)
     lacking = "an object without image_id, category_id and bbox"
-    rows = np.fromiter(converted(annotations, partial(_annotation, where), lacking, where), dtype=ANNOTATION)
-    owners = positions(ids, rows["image"], "an object is of image", where)
-    objects = np.empty(len(rows), dtype=OBJECT)
-    objects["label"] = positions(np.array(sorted(categories)), rows["category"], "an object is of category", where)
-    objects["box"], objects["area"], objects["crowd"] = rows["box"], rows["area"], rows["crowd"]
+    objects = np.fromiter(converted(annotations, partial(_annotation, where), lacking, where), dtype=OBJECT)
+    owners = positions(ids, objects["image"], "an object is of image", where)
+    objects["label"] = positions(np.array(sorted(categories)), objects["label"], "an object is of category", where)
     if not empty:
         filled = ((objects["box"][:, 2:] - objects["box"][:, :2]) > EMPTY_SIDE).all(axis=1)
         objects, owners = objects[filled], owners[filled]
@@ -122,7 +119,7 @@ def category_name(element: Any) -> tuple[int, str]:
 
 
 def _annotation(where: str, element: Any) -> tuple[int, int, tuple[float, ...], float, int]:
-    """An ANNOTATION: image, category, box with exclusive ends (x0, y0, x1, y1), area and crowd flag of an object."""
+    """An OBJECT by the file's ids: image, category, box with exclusive ends (x0, y0, x1, y1), area and crowd flag."""
     x, y, width, height = box = tuple(float(value) for value in element["bbox"])
     image, area, crowd = int(element["image_id"]), float(element.get("area", width * height)), element.get("iscrowd", 0)
     if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0 or crowd not in (0, 1):

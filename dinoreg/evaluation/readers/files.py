@@ -173,7 +173,7 @@ def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, v
     truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
 
     def mask(index: int) -> np.ndarray:
-        return read_mask(Path(truths.name(index)), Path(source.name(index)), classes, void, dataset)
+        return read_mask(Path(truths.name(index)), classes, void, dataset)
 
     return Segmented(source, mask, len(classes), truths.stamp())
 

@@ -1,4 +1,4 @@
-"""Files with a number for every pixel: label maps, which must have the size of their image, and depth maps."""
+"""Files with a number for every pixel: masks and depth maps."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +10,11 @@ from PIL import Image
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.runtime.errors import UserError, reworded
-from dinoreg.runtime.regular_files import open_regular
+from dinoreg.runtime.regular_files import load_array, open_regular
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 GREY = 0  # colour type of a PNG
-DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
-MILLIMETRES = 1000.0  # in a metre
+NOT_DEPTH = "disparity is not depth, focal length x baseline / disparity is"
 
 
 class PixelFile(NamedTuple):
@@ -47,72 +46,50 @@ def read_pixels(path: Path, mode: str | None = None) -> PixelFile:
         return PixelFile(values, opened.mode, str(opened.format), 0 if opened.format == "TIFF" and turn != 1 else turn)
 
 
-def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
-    """A label map of integers (H, W), uint8 or int32, with the values in the file (of a palette: the indices).
+def read_mask(path: Path, classes: range, void: int, dataset: str) -> np.ndarray:
+    """A mask (H, W) uint8: a class from 0, or IGNORED (255).
 
-    image    the picture it belongs to, whose header alone is read: both must have the same size
+    classes  the values of the classes 0..K-1 in the file (of a palette: the indices), K <= 255
+    void     the value that is ignored
     dataset  in front of every message
 
-    Raises UserError naming the file when it is missing, unreadable, coloured, or of another size than its image.
+    Raises UserError naming the file when it is missing, unreadable or coloured, and for any other value.
     """
-    where = f"{dataset}: {path}" if dataset else f"{path}:"
-    if not path.exists():
-        raise UserError(f"{where} is missing; it is the mask of {image.name}")
+    where, first, last = f"{dataset}: {path}", classes[0], classes[-1]
     with reworded(f"{where} cannot be read as a mask", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
     if values.ndim != 2:
         raise UserError(f"{where} is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
-    require_size(where, values, image, dataset)
-    return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
-
-
-def read_mask(path: Path, image: Path, classes: range, void: int = IGNORED, dataset: str = "") -> np.ndarray:
-    """A mask (H, W) uint8 of its image's size: a class from 0, or IGNORED (255).
-
-    image    the picture it belongs to
-    classes  the values of the classes 0..K-1 in the file, K <= 255
-    void     the value that is ignored
-    dataset  in front of every message
-
-    Raises UserError as `read_label_map` does, and for any other value.
-    """
-    values = read_label_map(path, image, dataset)
-    first, last = classes[0], classes[-1]
     wrong = values[(values != void) & ((values < first) | (values > last))]
     if len(wrong):
-        where = f"{dataset}: {path}" if dataset else f"{path}:"
         expected = f"{void}..{last}" if void == first - 1 else f"{first}..{last} or {void}"
         raise UserError(f"{where} has the value {wrong[0]}, expected {expected}")
     return np.where(values == void, IGNORED, values - first).astype(np.uint8)
 
 
-def read_depth_map(path: Path) -> np.ndarray:
-    """A depth map (H, W) float32 in metres, 0 where unknown.
-
-    path    of a 16-bit PNG (or TIFF) in millimetres; UserError naming it for a missing, unreadable or other file
-    """
+def read_depth(path: Path) -> PixelFile:
+    """The numbers (H, W) of a depth file as they are; UserError for one that cannot be read or has no single number for
+    each pixel."""
     with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
-        values, mode, _, _ = read_pixels(path)
-    if mode not in DEPTH_MODES:
-        raise UserError(
-            f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
-        )
-    return values.astype(np.float32) / np.float32(MILLIMETRES)
+        numbers = path.suffix.lower() == ".npy"
+        pixels = PixelFile(load_array(path), "", "npy") if numbers else read_pixels(path)
+    values = pixels.values
+    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+    if values.ndim != 2 or values.dtype.kind not in "fiu" or pixels.mode == "P":
+        what = f"a picture of mode {pixels.mode}" if pixels.mode else f"{values.dtype} {values.shape}"
+        raise UserError(f"{path}: holds {what}, expected a depth (height, width) for each pixel; {NOT_DEPTH}")
+    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if known.min(initial=0) < 0:
+        raise UserError(f"{path}: holds a depth of {known.min():g}, expected 0 (unknown) or more")
+    return pixels._replace(values=values)
 
 
-def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
-    """UserError unless a map (H, W) has the size of its image.
-
-    where, dataset  in front of messages on the map, and on the image
-    """
-    picture = f"{dataset}: {image}" if dataset else f"{image}:"
-    cautious = reworded(f"{picture} cannot be read as an image", *UNREADABLE)
-    with cautious, open_regular(image) as file, Image.open(file) as opened:
-        width, height = opened.size
-    if values.shape != (height, width):
-        raise UserError(
-            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
-        )
+def read_millimetres(path: Path) -> np.ndarray:
+    """A depth map (H, W) float32 in metres, 0 where unknown, of a file in millimetres; UserError for one of bytes."""
+    values = read_depth(path).values
+    if values.dtype.itemsize == 1:
+        raise UserError(f"{path}: holds bytes, expected a depth map of 16 bits, in millimetres")
+    return values.astype(np.float32) / np.float32(1000)
 
 
 def _grey_bits(path: Path) -> int:
