@@ -169,6 +169,10 @@ def _check_extent(content: Any, path: Path) -> None:
 # The backbone in a file
 
 
+FLOATING_POINT = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+}  # fmt: skip
+
 # What DDP, torch.compile, FSDP and activation checkpointing put into names, anywhere.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPED = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
@@ -217,7 +221,7 @@ class _Network:
         """The tensors by name; UserError where two names become one, and for tensors that are not floating point."""
         held = {key: value for key, value in self.content.items() if self._holds(key) and isinstance(value, Tensor)}
         for key, value in held.items():
-            if not value.is_floating_point():
+            if value.dtype not in FLOATING_POINT:
                 dtype = str(value.dtype).removeprefix("torch.")
                 raise UserError(f"tensor {key[:80]!r} has dtype {dtype}, expected floating point")
         return unique((_unwrapped(key[len(self.prefix) :]), value) for key, value in held.items())
