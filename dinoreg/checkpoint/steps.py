@@ -75,7 +75,8 @@ def against_start(line: Mapping[str, Any]) -> str:
     gain, low, high = (line.get(f"knn_top1_gain{end}") for end in ("", "_low", "_high"))
     if not all(map(is_number, (gain, low, high))):
         return ""
-    said = line.get("knn_top1_gain_verdict")
+    by_ends = "better" if number(low) > 0 else "worse" if number(high) < 0 else ""
+    said = line.get("knn_top1_gain_verdict", by_ends)  # which lines of earlier versions do not have
     verdict = said if said in ("better", "worse") else "not better"
     so_far = " so far" if verdict == "not better" else ""
     points = [100 * number(each) for each in (gain, low, high)]
