@@ -73,7 +73,7 @@ class Pictures:
         if read.words is not None:
             learnt = torch.tensor([word == "train" for word in read.words])
         chosen = np.random.default_rng(0).permutation(len(labels))[:most]
-        paths = [Path(read.root) / read.paths[index] for index in chosen]
+        paths = [Path(read.source.name(index)) for index in chosen]
         return cls(paths, labels[chosen], learnt[chosen])
 
 

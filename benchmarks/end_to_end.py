@@ -49,10 +49,9 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     setup = Setup(config)
     state = setup.new_state()
     batches = setup.batches(state)
-    options = {"loss": config.loss, "dtype": setup.dtype, "optim": config.optim}
 
     def step(batch: Any) -> None:
-        train_step(state, batch, setup.schedules.at(state.step), **options, seed=config.seed)
+        train_step(state, batch, setup.schedules.at(state.step))
 
     kept = next(batches)
 

@@ -91,7 +91,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     from dinoreg.evaluation.protocols import classification, linear
     from dinoreg.evaluation.protocols.measurement import Measurement
     from dinoreg.models.vit import RegisterViT
-    from dinoreg.runtime.progress import show_progress
+    from dinoreg.runtime.parallel import show_progress
 
     splits = {}
     for seed, (name, count) in enumerate((("train", given.rows), ("test", given.test_rows)), 1):

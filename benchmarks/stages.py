@@ -60,10 +60,9 @@ def stepper(config: Any) -> measure.Inline:
     setup = Setup(config)
     state = setup.new_state()
     batches = setup.batches(state)
-    options = {"loss": config.loss, "dtype": setup.dtype, "optim": config.optim}
 
     def step() -> None:
-        train_step(state, next(batches), setup.schedules.at(state.step), **options, seed=0)
+        train_step(state, next(batches), setup.schedules.at(state.step))
 
     def take() -> measure.Measurement:
         for _ in range(config.data.prefetch + 1):  # batches that were ready in advance

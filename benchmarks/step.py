@@ -87,14 +87,13 @@ def build(settings: dict[str, Any]) -> Any:
         compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
-    options = {"loss": config.loss, "dtype": dtype, "optim": config.optim, "seed": 0}
 
     here = local_device()
     operations = operations_of(describe(config, 1, 1, here)).total  # of one image
     peak = here.peak(next(name for name, known in DTYPES.items() if known == dtype))  # TFLOP/s, on paper
 
     def step() -> None:
-        train_step(state, batches[state.step % len(batches)], now, **options)
+        train_step(state, batches[state.step % len(batches)], now)
 
     def take() -> measure.Measurement:
         if device.type == "cuda":
@@ -151,11 +150,11 @@ def phases(state: Any, batch: Any, now: Any, config: Any, dtype: torch.dtype, de
     kept: dict[str, Any] = {}
 
     def teacher() -> None:
-        kept["targets"] = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, config.loss, dtype)
+        kept["targets"] = teacher_targets(state, batch, now.teacher_temp)
 
     def student() -> None:
         (part,) = micro_batches(batch, 1)
-        losses, tokens = student_losses(state.student, part, kept["targets"], config.loss, dtype)
+        losses, tokens = student_losses(state, part, kept["targets"])
         kept["loss"] = sum(losses.values()) + config.loss.koleo_weight * koleo_of_views(tokens)
 
     def clip_and_step() -> None:

@@ -41,23 +41,16 @@ __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "expor
 __all__ += ["curate", "embed", "inspect", "plan", "registers", "runs", "select_channels"]
 __all__ += ["transform", "verdict", "view"]
 
-_WHERE = {
+_VERBS = ("curate", "embed", "evaluate", "export", "inspect", "registers", "verdict", "view")
+_WHERE = {verb: f"dinoreg.commands.{verb}" for verb in _VERBS} | {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
-    "curate": "dinoreg.commands.curate",
-    "embed": "dinoreg.commands.embed",
-    "evaluate": "dinoreg.commands.evaluate",
-    "export": "dinoreg.commands.export",
-    "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
     "plan": "dinoreg.plan.run",
-    "registers": "dinoreg.commands.registers",
     "runs": "dinoreg.reports.run_list",
     "select_channels": "dinoreg.weights.load",
     "transform": "dinoreg.evaluation.backbones.open",
-    "verdict": "dinoreg.commands.verdict",
-    "view": "dinoreg.commands.view",
 }
 _PACKAGES = ("export", "plan", "registers")  # each is also called, as the function of its name
 

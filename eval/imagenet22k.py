@@ -1,9 +1,9 @@
 """ImageNet-22k (fall 2011; Deng et al., CVPR 2009): 21,841 WordNet nodes, about 14.2 million images, for pretraining.
 
-One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (with
-`extra/entries.npy`, or without: the archives are then indexed here, once), or one folder per class. There is no
-official validation split: the probe holds some images of each class out, chosen by a hash of their names, so that
-every copy and layout holds out the same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images
+One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (the archives are indexed here,
+once; DINOv2's own tables of them are not needed), or one folder per class. There is no official validation split: the
+probe holds some images of each class out, chosen by a hash of their names, so that every copy and layout holds out the
+same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images
 included; no published number exists for this probe.
 """
 
@@ -20,6 +20,7 @@ from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.labelled_folder import class_folders
 from dinoreg.data.rng import philox
+from dinoreg.data.shards import Shards
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
@@ -38,7 +39,7 @@ def read(folder: Path, options: Options) -> Data:
 
     raises  UserError for a folder without classes, and where no class has two images
     """
-    source, names, labels, wnids = _images(folder, options, None)
+    source, names, labels, wnids = _images(folder, None)
     usable = np.flatnonzero(labels >= 0)
     most_held, most_train, seed = (options[key] for key in ("holdout_per_class", "train_per_class", "seed"))
     ranks = _ranks(names, seed)[usable]
@@ -58,12 +59,12 @@ def read(folder: Path, options: Options) -> Data:
     return Data(splits, class_names=wnids, variant=variant)
 
 
-def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
+def _images(folder: Path, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
     """Every file: (source, names, labels (n,) int64, wnids); a label is the rank of the wnid, -1 where left out."""
     source: Source
     if _has(folder, ".tar"):
-        extra = folder / Path(options["extra"]).expanduser() if options["extra"] else None
-        source = index_tars(folder, index_dir, extra)
+        archives = sorted(path.name for path in folder.glob("[!.]*.tar"))
+        source = index_tars(Shards(os.path.abspath(folder), archives, ".tar"), index_dir)
         stems = [archive.removesuffix(".tar") for archive in source.archives]
         names, labels = source.names, source.archive.astype(np.int64)
     else:
@@ -107,11 +108,11 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     """
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
     chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find raises the error
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), index_dir)  # find raises the error
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
-PRETRAINING = Pretraining(images, options=("extra",))
+PRETRAINING = Pretraining(images)
 BENCHMARK = Benchmark(
     name=NAME,
     title="ImageNet-22k (fall 2011)",
@@ -126,7 +127,6 @@ BENCHMARK = Benchmark(
         "holdout_per_class": option(10, "images of each class held out to report on, at most half of it", low=1),
         "train_per_class": option(100, "images of each class to train on, at most; 0: all not held out", low=0),
         "seed": option(0, "of the choice of both", low=0),
-        "extra": option("", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
     },
     aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
 )

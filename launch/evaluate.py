@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
+from dinoreg.jobs.job_type import Group, Job, Plan, Request
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
@@ -31,19 +31,17 @@ def plan(request: Request) -> Plan:
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.checkpoint.steps import PROBED
     from dinoreg.evaluation.request import read_request
-    from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
     weights = evaluation.options.weights
     if weights is None:
         raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or random:NAME")
+    request.check(("eval", request.source, *request.overrides))
     request.require_one_process("a dataset is evaluated by one")
     chosen, notes = datasets(request.source, evaluation)
 
     file = find_weights(weights)
-    if file is None and random_name(weights) is None and not weights.startswith("timm:"):
-        raise not_there(weights)
     run = run_of(file) if file is not None else None
     links: dict[Path, Path] = {}
     files: dict[Path, str] = {}
@@ -69,15 +67,11 @@ def plan(request: Request) -> Plan:
     report = Group(
         "report",
         (("report", str(out / "eval" / f"{step:07d}")),),
-        options={
-            **ONE_PROCESS,
-            "gpus_per_node": None,
-            "time": None if minutes is None else str(min(minutes, REPORT_MINUTES)),
-        },
+        options={"gpus_per_node": None, "time": None if minutes is None else str(min(minutes, REPORT_MINUTES))},
         after=("evaluate",),
         removes=tuple(links),
     )
-    return Plan(out, (Group("evaluate", tuple(commands), options=ONE_PROCESS), report), files, links, (), tuple(notes))
+    return Plan(out, (Group("evaluate", tuple(commands)), report), files, links, notes=tuple(notes))
 
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:

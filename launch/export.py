@@ -16,14 +16,10 @@ def plan(request: Request) -> Plan:
     command = ("export", *request.overrides)
     request.check(command)
     request.require_one_process("an export is made by one")
-    from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
 
     # An export's own folder has to be new, so its records lie with the run that it comes from.
-    weights = str(request.value("weights"))
-    file = find_weights(weights)
-    if file is None and random_name(weights) is None:
-        raise not_there(weights)
+    file = find_weights(str(request.value("weights")))
     run = run_of(file) if file is not None else None
     folder = run or Path("runs") / "export" / Path(str(request.value("out"))).name
     return Plan(folder, (Group("export", (command,)),))

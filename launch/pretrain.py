@@ -5,8 +5,10 @@ checkpoint; starts after a time limit, a preemption or a lost machine resume. Wi
 evaluated by jobs of its own while training continues; their keys are written evaluate.KEY=VALUE.
 """
 
+from dataclasses import replace
+
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request, training
+from dinoreg.jobs.job_type import Arguments, Job, Plan, Request, trainings
 from dinoreg.jobs.options import PLACEMENT, split_options
 from dinoreg.runtime.errors import UserError
 
@@ -17,10 +19,9 @@ INHERITED = ("cluster", *PLACEMENT, "setup", "python", "code")
 def plan(request: Request) -> Plan:
     """One job that trains, of all its processes; UserError for what is wrong with the request."""
     overrides = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
-    run = training(request.source, overrides)
-    notes = [f"{folder}: what is there is deleted once the job is accepted" for folder in run.clears]
-    group = Group("pretrain", (run.command,), runs=(run.out,), evaluate=evaluation(request))
-    return Plan(run.out, (group,), {run.config_file: run.config_text}, clears=run.clears, notes=tuple(notes))
+    found = trainings("pretrain", request, [overrides])
+    (group,) = found.groups
+    return replace(found, groups=(replace(group, evaluate=evaluation(request)),))
 
 
 def evaluation(request: Request) -> Arguments:

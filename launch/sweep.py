@@ -7,11 +7,12 @@ Each training is a job of its own in OUT/KEY=VALUE,…, and a job after them com
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request, training
+from dinoreg.jobs.job_type import Group, Job, Plan, Request, trainings
 from dinoreg.runtime.errors import UserError
 
 MAX_NAME = 120
@@ -27,23 +28,19 @@ def plan(request: Request) -> Plan:
     if out is None:
         raise UserError("out: missing; say where the runs' folders go, for example out=runs/sweep")
     shared = [item for item in request.without("out") if not item.startswith("sweep.")]
-    trainings = []
+    runs = []
     for values in itertools.product(*grid.values()):
         chosen = [f"{key}={value}" for key, value in zip(grid, values)]
-        trainings.append(training(request.source, [*shared, *chosen, f"out={Path(out) / run_name(chosen)}"]))
-    groups = (
-        Group("sweep", tuple(each.command for each in trainings), runs=tuple(each.out for each in trainings)),
-        Group(
-            "report",
-            (("report", out, f"out={Path(out) / 'compare.html'}"),),
-            options={**ONE_PROCESS, "gpus_per_node": None},
-            after=("sweep",),
-        ),
+        runs.append([*shared, *chosen, f"out={Path(out) / run_name(chosen)}"])
+    found = trainings("sweep", request, runs)
+    report = Group(
+        "report",
+        (("report", out, f"out={Path(out) / 'compare.html'}"),),
+        options={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None},
+        after=("sweep",),
     )
-    files = {each.config_file: each.config_text for each in trainings}
-    clears = tuple(path for each in trainings for path in each.clears)
-    notes = (f"{len(trainings)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}",)
-    return Plan(Path(out), groups, files, clears=clears, notes=notes)
+    note = f"{len(runs)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}"
+    return replace(found, folder=Path(out), groups=(*found.groups, report), notes=(note, *found.notes))
 
 
 def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -79,7 +79,7 @@ def test_frozen_blocks_have_no_gradient_no_moments_and_an_unmoved_teacher(first:
     setup = Setup(config)
     state = setup.new_state()
     learn = {name for name, _ in state.student.backbone.named_parameters() if name.startswith(("blocks.1.", "norm."))}
-    train_step(state, new_batch(), NOW, loss=config.loss, dtype=torch.float32, optim=config.optim, seed=0)
+    train_step(state, new_batch(), NOW)
     for name, parameter in state.student.backbone.named_parameters():
         assert (parameter.grad is not None) == (name in learn), name
         assert (parameter in state.optimizer.state) == (name in learn), name
@@ -97,13 +97,8 @@ def test_every_crop_names_its_image_in_micro_batches_too(first: Path, tmp_path: 
         with torch.no_grad():
             cls = [state.student.backbone(crops).cls for crops in (batch.global_crops, batch.local_crops)]
             literal = diet_loss(torch.cat(cls), state.seen, torch.tensor([35, 34, 33, 32, 31, 30] * 4))
-        options = {
-            "loss": config.loss,
-            "dtype": torch.float32,
-            "optim": replace(config.optim, clip_grad=None),
-            "seed": 0,
-        }
-        result = train_step(state, batch, NOW, **options)
+        state.optim = replace(config.optim, clip_grad=None)
+        result = train_step(state, batch, NOW)
         found.append((result.losses["total"], state.student.backbone.blocks[0].attn.qkv.weight.grad))
         assert result.losses.keys() == {"diet", "total"}
         torch.testing.assert_close(result.losses["diet"], literal)

@@ -195,7 +195,7 @@ def test_a_labelled_table_names_the_file_that_is_missing(tmp_path: Path) -> None
     found = read_labelled(table, columns=COLUMNS)
     assert found.class_names == ["a", "b"]
     assert found.labels.tolist() == [0, 1] * 3
-    assert torch.equal(found.source().decode(4, 4), open_source(table, columns=COLUMNS).decode(4, 4))
+    assert torch.equal(found.source.decode(4, 4), open_source(table, columns=COLUMNS).decode(4, 4))
     (tmp_path / "SWIR" / "02.tif").unlink()
     with pytest.raises(UserError, match=r"SWIR/02\.tif is missing$"):
         read_labelled(table, columns=COLUMNS)

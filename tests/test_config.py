@@ -242,7 +242,7 @@ def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path: Path, text: str) -> 
 
 
 def test_a_missing_file_an_unknown_name_and_a_folder_without_a_run_are_refused(tmp_path: Path) -> None:
-    assert refusal(source=tmp_path / "no.yaml").endswith("no such file")
+    assert refusal(source=tmp_path / "no.yaml").startswith(f"config {tmp_path / 'no.yaml'}: no such file")
     assert "did you mean vits14_reg4?" in refusal(source="vits14_reg")
     assert "without config.yaml" in refusal(source=tmp_path)
     with pytest.raises(UserError, match="unknown"):

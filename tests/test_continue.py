@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +69,20 @@ def test_the_anchor_loss_equals_a_loop_over_tokens() -> None:
         return sum(1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(here, there)) / len(here)
 
     expected = (mean_distance(cls, cls_there) + mean_distance(patches, patches_there)) / 2
-    assert float(anchor_loss(cls, patches, cls_there, patches_there)) == pytest.approx(expected, rel=1e-5)
-    assert float(anchor_loss(cls, patches[:0], cls_there, patches[:0])) == pytest.approx(
-        mean_distance(cls, cls_there), rel=1e-5
-    )
+    found = anchor_loss(cls, patches, cls_there, patches_there, torch.tensor(11.0))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_anchor_loss_is_zero_at_the_anchor_whatever_the_length_and_two_opposite() -> None:
-    tokens, patches = torch.randn(3, 5), torch.randn(6, 5)
-    assert float(anchor_loss(3 * tokens, patches, tokens, 0.1 * patches)) == pytest.approx(0.0, abs=1e-6)
-    assert float(anchor_loss(-tokens, -patches, tokens, patches)) == pytest.approx(2.0, abs=1e-5)
-    assert anchor_loss(*(t.bfloat16() for t in (tokens, patches, tokens, patches))).dtype == torch.float32
+    tokens, patches, six = torch.randn(3, 5), torch.randn(6, 5), torch.tensor(6.0)
+    assert float(anchor_loss(3 * tokens, patches, tokens, 0.1 * patches, six)) == pytest.approx(0.0, abs=1e-6)
+    assert float(anchor_loss(-tokens, -patches, tokens, patches, six)) == pytest.approx(2.0, abs=1e-5)
+    assert anchor_loss(*(t.bfloat16() for t in (tokens, patches, tokens, patches)), six).dtype == torch.float32
 
 
 def test_the_anchor_loss_pulls_the_first_network_only() -> None:
     here, there = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    anchor_loss(here, here, there, there).backward()
+    anchor_loss(here, here, there, there, torch.tensor(3.0)).backward()
     assert here.grad is not None
     assert there.grad is None
 
@@ -97,8 +96,8 @@ def test_a_step_pulls_every_visible_token_towards_the_anchors_of_the_whole_image
 
     def gradients(anchor: RegisterViT | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         state = TrainState(config, *build_networks(config), CPU, FP32, anchor)
-        targets = teacher_targets(state.teacher, batch, state.centers, 0.05, config.loss, FP32, accumulate)
-        losses = backward(state, batch, targets, config.loss, FP32, accumulate, seed=0)
+        state.optim = replace(state.optim, accumulate=accumulate)
+        losses = backward(state, batch, teacher_targets(state, batch, 0.05), seed=0)
         return losses, {name: p.grad for name, p in state.student.backbone.named_parameters() if p.grad is not None}
 
     losses, with_anchor = gradients(anchor)

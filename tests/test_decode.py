@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from dinoreg.data import decode as decode_module
-from dinoreg.data.decode import BadImage, EncodedImage, decode, jpeg_header
+from dinoreg.data.decode import BadImage, EncodedImage, decode
 from dinoreg.data.value_range import ValueRange
 
 PHOTO = Image.fromarray(skimage.data.astronaut()).crop((60, 10, 260, 160))  # 200 x 150
@@ -62,24 +62,19 @@ def test_jpeg_has_the_pixels_of_torchvisions_decoder(kind: str, channels: int) -
     assert torch.equal(decode(data, channels), expected)
 
 
-def operator_with(*types: str) -> Any:
-    """An operator whose arguments have these types, all of them needed."""
-    arguments = [SimpleNamespace(type=kind, has_default_value=lambda: False) for kind in types]
-    return SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
-
-
 def test_without_torchvisions_decoder_or_with_another_one_jpegs_go_through_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find = decode_module._jpeg_operator.__wrapped__
     assert find() is not None
-    for operators in (SimpleNamespace(), SimpleNamespace(decode_jpeg=operator_with("Tensor", "int", "Device"))):
-        monkeypatch.setattr(torch.ops, "image", operators)
-        assert find() is None
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace())
+    assert find() is None
     data = encoded()
-    monkeypatch.setattr(decode_module, "_jpeg_operator", lambda: None)
-    assert np.array_equal(array(data), np.asarray(Image.open(io.BytesIO(data))))
-    assert close(array(data, in_channels=1), np.asarray(PHOTO.convert("L"))[..., None], 3)
+    # One that takes other arguments raises what torch does.
+    for operator in (None, lambda *arguments: torch.ops.aten.relu(*arguments)):
+        monkeypatch.setattr(decode_module, "_jpeg_operator", lambda operator=operator: operator)
+        assert np.array_equal(array(data), np.asarray(Image.open(io.BytesIO(data))))
+        assert close(array(data, in_channels=1), np.asarray(PHOTO.convert("L"))[..., None], 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -247,9 +242,24 @@ def test_an_image_of_one_pixel_is_too_small_to_crop() -> None:
 
 
 def test_the_header_of_a_jpeg_is_read_without_decoding() -> None:
-    assert jpeg_header(encoded()) == (150, 200, 3, 1)
-    assert jpeg_header(encoded(PHOTO.convert("L"), progressive=True)) == (150, 200, 1, 1)
-    assert jpeg_header(b"\x89PNG") is None
+    for picture, components in ((PHOTO, 3), (PHOTO.convert("L"), 1), (PHOTO.convert("CMYK"), 4)):
+        whole = encoded(picture, progressive=True)
+        image = EncodedImage(whole[: len(whole) // 2])  # what is cut off is found out when it is decoded
+        assert (image.height, image.width, image.components, image.orientation) == (150, 200, components, 1)
+
+
+def test_orientations_that_do_not_exist_and_broken_metadata_leave_a_picture_as_it_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    data = encoded(exif=exif)
+    for odd in (
+        data,
+        encoded(kind="PNG", exif=exif),
+        data.replace(b"MM\0*", b"XX\0*"),
+        data.replace(b"MM\0*", b"MM\0\0"),
+    ):
+        image = EncodedImage(odd)
+        assert (image.height, image.width, image.orientation) == (150, 200, 1)
 
 
 def test_decoded_pixels_have_their_channels_innermost() -> None:

@@ -95,7 +95,7 @@ def test_a_step_has_the_gradients_of_the_distances_written_out(accumulate: int) 
     for center in state.centers.values():
         center.normal_()
     crops = torch.randn(12, 3, 48, 48)
-    losses, features, centers = distill_backward(state, crops, config.loss, FP32, [1] * accumulate, frozen=False)
+    losses, features, centers = distill_backward(state, crops, [1] * accumulate, frozen=False)
 
     tutor, student = state.tutor, build_networks(config, state.tutor)[0]
     assert tutor is not None
@@ -127,7 +127,7 @@ def test_a_step_has_the_gradients_of_the_distances_written_out(accumulate: int) 
 def test_while_the_backbone_is_frozen_only_the_projections_learn() -> None:
     config = distilled(None, "x")
     state = guided(config)
-    distill_backward(state, new_batch().global_crops, config.loss, FP32, [1], frozen=True)
+    distill_backward(state, new_batch().global_crops, [1], frozen=True)
     learning = {name for name, parameter in state.student.named_parameters() if parameter.grad is not None}
     assert learning == {f"distill_head.{kind}.{part}" for kind in ("cls", "patch") for part in ("weight", "bias")}
 

@@ -65,7 +65,7 @@ def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: 
 
 def _wait_for_the_others(number: int, folder: str, environments: list[dict[str, str]]) -> None:
     os.environ.update(environments[number])
-    waiting.KNOWN_SECONDS, waiting.FIRST_SECONDS = 0.2, 2.0
+    waiting.FIRST_SECONDS = 2.0
     said = open(f"{folder}/{number}.txt", "w")  # noqa: SIM115 - closed with the process
     with redirect_stderr(said), pytest.raises(RunError), session("cpu", 5.0):
         raise AssertionError("nobody else is there")
@@ -81,7 +81,7 @@ def test_a_process_that_waits_says_once_for_whom(tmp_path: Path) -> None:
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NODELIST": "localhost"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     (line,) = lines_of_waiting(tmp_path, slurm)
-    assert "rank 0 of 4 waits for ranks 1, 2, 3 (SLURM_STEP_NUM_TASKS=4)" in line
+    assert "rank 0 of 4 waits for rank 1, 2, 3 (SLURM_STEP_NUM_TASKS=4)" in line
     assert place_from_environment({**slurm, "WORLD_SIZE": "1"}) is None  # which is the way out that it names
 
 
@@ -90,6 +90,6 @@ def test_of_several_waiting_processes_the_first_says_who_is_missing(tmp_path: Pa
     port = str(free_port())
     every = {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     (line,) = lines_of_waiting(tmp_path, {**every, "RANK": "0"}, {**every, "RANK": "2"})
-    assert "rank 0 of 4 waits for ranks 1, 3 (" in line
+    assert "rank 0 of 4 waits for rank 1, 3 (" in line
     (line,) = lines_of_waiting(tmp_path, {**every, "RANK": "1"})
-    assert f"waits for ranks 0, 2, 3 at localhost:{port}" in line
+    assert f"waits for rank 0, 2, 3 at localhost:{port}" in line

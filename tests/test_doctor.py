@@ -94,7 +94,7 @@ def test_a_missing_optional_package_is_named_with_its_purpose_and_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: None)
     rows = doctor._optional_rows()
-    assert [name for name, _, _ in rows[:-1]] == NAMES
+    assert [name for name, _, _ in rows] == NAMES
     mark, text = row(rows, "pyarrow")
     assert mark == "missing"
     assert ".parquet" in text
@@ -110,13 +110,6 @@ def test_optional_packages_are_imported_and_not_believed(monkeypatch: pytest.Mon
     for name in set(NAMES) - {"h5py"}:
         assert row(rows, name)[0] == "ok", name
     assert "not tried" in row(rows, "transformers")[1]
-    assert row(rows, "the tests") == ("ok", "everything that they need")
-
-
-def test_what_the_tests_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("ruff", "torchmetrics") else "1.0")
-    expected = ("missing", "ruff, torchmetrics: pip install 'dinoreg[test]'")
-    assert row(doctor._optional_rows(), "the tests") == expected
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -125,10 +118,10 @@ def test_xformers_is_ok_only_where_its_kernels_load(works: bool, monkeypatch: py
     monkeypatch.setattr(packed_attention, "load_problem", lambda: problem)
     mark, text = row(doctor._package_rows({"packages": {"xformers": "0.0.35"}}), "xformers")
     if works:
-        assert (mark, text) == ("ok", "0.0.35, its kernels load")
+        assert (mark, text) == ("ok", "0.0.35")
     else:
         assert mark == "missing"
-        assert f"0.0.35 does not load ({problem})" in text
+        assert f"0.0.35: {problem}" in text
         assert "same numbers" in text
 
 
@@ -164,7 +157,7 @@ def test_devices_are_listed_with_memory_and_precision() -> None:
     found = {"cuda": [gpu], "attention": {"backend": "xformers", "reason": None}}
     rows = doctor._acceleration_rows(found)
     assert row(rows, "cuda:0") == ("ok", "H100, 79.6 GiB, compute capability 9.0, bf16")
-    assert row(rows, "attention") == ("ok", "runs through xformers: tried, forward and backward")
+    assert row(rows, "attention") == ("ok", "runs through xformers: tried both ways")
     found["attention"] = {"backend": "sdpa", "reason": "xformers does not run here: no CUDA support"}
     mark, text = row(doctor._acceleration_rows(found), "attention")
     assert mark == "missing"
@@ -273,21 +266,10 @@ def test_a_run_whose_process_is_gone_ended_without_a_word(tmp_path: Path) -> Non
     assert f"process {ended.pid} is gone" in text
 
 
-def test_memory_and_disk_are_compared_with_what_the_run_has_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_says_what_it_was_started_as(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "max_memory": 3 * 2**30}) + "\n")
     (run / "train.log").write_text("2026 I vitt8_reg4: 0.03 M parameters, cpu float32, attention sdpa, 50 images\n")
-    monkeypatch.setattr(doctor, "free_memory", lambda: 2 * 2**30)
-    progress = rows_of(doctor.examine_run(run), "run")
-    assert row(progress, "memory") == ("problem", "3.0 GiB at its peak, 2.0 GiB are free now")
-    assert row(progress, "disk")[0] == "ok"
-    assert "attention sdpa" in row(progress, "started as")[1]
-    monkeypatch.setattr(doctor, "free_memory", lambda: 4 * 2**30)
-    monkeypatch.setattr(doctor, "free_disk_gib", lambda _: 0.0)
-    progress = rows_of(doctor.examine_run(run), "run")
-    assert (row(progress, "memory")[0], row(progress, "disk")[0]) == ("ok", "problem")
+    assert "attention sdpa" in row(rows_of(doctor.examine_run(run), "run"), "started as")[1]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

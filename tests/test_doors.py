@@ -25,6 +25,7 @@ from dinoreg.config.load import Config, to_yaml
 from dinoreg.config.overwrite import delete_run, refuse_live
 from dinoreg.data.folder_index import load_index
 from dinoreg.data.open import read_labelled
+from dinoreg.data.shards import Shards
 from dinoreg.data.statistics import inspect_source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.features.cache import _written
@@ -88,7 +89,7 @@ def test_headers_of_archives_that_lie_are_one_line(headers: dict[str, str], tmp_
         member.pax_headers = headers
         archive.addfile(member, io.BytesIO(b""))
     with pytest.raises(UserError, match=r"a\.tar|no image files"):
-        index_tars(tmp_path, tmp_path / "index")
+        index_tars(Shards(str(tmp_path), ["a.tar"], ".tar"), tmp_path / "index")
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:

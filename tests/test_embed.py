@@ -26,7 +26,7 @@ from dinoreg.commands.main import main
 from dinoreg.commands.options import TOKENS, EmbedOptions
 from dinoreg.data.statistics import LOOKED_AT
 from dinoreg.export.feature_file import skipped_list
-from dinoreg.runtime import progress
+from dinoreg.runtime import parallel
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.scenes.render import render_image
 
@@ -404,7 +404,7 @@ def test_parquet_without_pyarrow_names_the_extra(run: Path, tmp_path: Path, monk
         (["batch_size=x"], "batch_size=x: expected a whole number"),
         (["workers=-1"], "workers=-1: expected a number in [0, 1024]"),
         (["device=tpu"], "device=tpu: expected auto"),
-        (["tokens=cls"], "tokens: unknown key of dinoreg embed; did you mean token?"),
+        (["tokens=cls"], "tokens: unknown key (command line); did you mean token?"),
         (["photos"], "data: given twice"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -434,13 +434,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize("key", ["data", "weights", "out"])
 def test_what_must_be_given_is_named(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", *(f"{each}=x" for each in ("data", "weights", "out") if each != key)]) == 2
-    assert capsys.readouterr().err.startswith(f"dinoreg: embed: {key}= is missing: ")
+    assert capsys.readouterr().err.startswith(f"dinoreg: {key}= is missing: ")
 
 
 def test_the_command_line_writes_the_file_and_says_where(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(parallel, "SHOW_SECONDS", 0.0)
     out = tmp_path / "f.safetensors"
     data = f"scenes:count={COUNT},size={SIZE}"
     assert main(["embed", f"data=[{data.replace(',', ';')}]", f"weights={run}", f"out={out}"]) == 2

@@ -268,7 +268,7 @@ def test_the_second_size_differs_from_the_first_and_divides() -> None:
         ({"size": "45"}, "45, expected a multiple of the patch size 8, as 40 or 48"),
         ({"size": "0"}, "not a size"),
         ({"size": "big"}, "size=big"),
-        ({"sise": "40"}, "unknown key of dinoreg export"),
+        ({"sise": "40"}, "unknown key (command line)"),
         ({"weights": None}, "weights= is missing"),
         ({"format": None}, "format= is missing"),
         ({"out": None}, "out= is missing"),

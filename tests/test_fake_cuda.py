@@ -43,7 +43,7 @@ def test_a_step_launches_no_more_than_it_did_and_neither_it_nor_the_loader_makes
     assert "pageable to device large" not in of_batches.copies
     assert of_batches.copies["pinned to device"] == 6 * 5  # crops of two sizes, mask, its indices and weights
     assert of_batches.devices == [1]  # those of worker threads, too, whose current device is 0
-    assert len(set(batches["buffers"])) == 3
+    assert 3 <= batches["buffers"] <= 5  # they are used again when they have been copied
 
 
 MODES: dict[str, dict[str, Any]] = {

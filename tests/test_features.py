@@ -24,8 +24,7 @@ from dinoreg.evaluation.features import cache
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture
 from dinoreg.runtime.errors import RunError, UserError
-from dinoreg.runtime.parallel import parallel
-from dinoreg.runtime.progress import show_progress
+from dinoreg.runtime.parallel import parallel, show_progress
 
 CROP = CentreCrop(32, 32)
 

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 import dinoreg
+from dinoreg.commands.arguments import canonical
 from dinoreg.commands.completion import SHELLS, candidates, script_of
 from dinoreg.commands.main import main
 from dinoreg.commands.registry import VERBS
-from dinoreg.commands.spelling import canonical
 from dinoreg.runtime import guide
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import render
@@ -125,23 +125,21 @@ def test_words_flags_and_paths_find_their_places(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "better"),
+    ("given", "meant"),
     [
-        ("pretrian small data=photos out=x", "pretrain small data=photos out=x"),
-        ("pretrain small learning_rate=1e-3 data=photos", "pretrain small optim.lr=1e-3 data=photos"),
-        ("pretrain smal data='my photos'", "pretrain small 'data=my photos'"),
-        ("pretrain small loss.centering=sinkhron", "pretrain small loss.centering=sinkhorn"),
-        ("embed images=photos weights=x out=x", "embed data=photos weights=x out=x"),
-        ("eval pest,cars weights=random:vitt14_reg4", "eval pets,cars weights=random:vitt14_reg4"),
-        ("view pac weights=x", "view pca weights=x"),
-        ("pretrain photos steps=5", "pretrain small data=photos out=runs/photos steps=5"),
+        ("pretrian small data=photos out=x", "did you mean pretrain?"),
+        ("pretrain small learning_rate=1e-3 data=photos", "did you mean optim.lr?"),
+        ("pretrain smal data='my photos'", "did you mean small?"),
+        ("pretrain small loss.centering=sinkhron", "did you mean sinkhorn?"),
+        ("embed images=photos weights=x out=x", "did you mean data?"),
+        ("eval pest,cars weights=random:vitt14_reg4", "did you mean pets?"),
+        ("view pac weights=x", "did you mean pca?"),
+        ("pretrain photos steps=5", "images are named by data=photos"),
     ],
 )
-def test_a_refusal_ends_with_the_corrected_command(
-    given: str, better: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_says_what_is_meant(given: str, meant: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(shlex.split(given)) == 2
-    assert capsys.readouterr().err.rstrip().endswith(f"Write: dinoreg {better}")
+    assert meant in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -216,17 +214,6 @@ def test_the_next_command_has_the_words_of_this_one(here: Path, capsys: pytest.C
         assert capsys.readouterr().err.endswith(said)
 
 
-def test_columns_may_stand_behind_their_table() -> None:
-    for verb, given, parsed in (
-        ("eval", "a.csv:path=f,label=c weights=w", "a.csv weights=w columns=path:f,label:c"),
-        ("embed", "data=a.CSV:path=f", "data=a.CSV columns=path:f"),
-        ("pretrain", "small data=x/a.tsv:path=f", "small data=x/a.tsv data.columns=path:f"),
-        ("pretrain", "small probe.data=a.csv:label=c,path=f", "small probe.data=a.csv probe.columns=label:c,path:f"),
-        ("export", "weights=a.csv:path=f", "weights=a.csv:path=f"),
-    ):
-        assert canonical(VERBS[verb], given.split()) == parsed.split()
-
-
 @pytest.mark.slow
 def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index in range(20):
@@ -244,7 +231,7 @@ def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys
         (line,) = [line.removeprefix("next: dinoreg ") for line in lines if line.startswith("next: ")]
         return shlex.split(line)
 
-    _, *words = after("inspect", f"{table}:path=which", "range=0,255")
+    _, *words = after("inspect", str(table), "columns=path:which", "range=0,255")
     assert words[:3] == ["small", f"data={table}", "out=runs/odd"]
     assert words[3:5] == ["data.columns=path:which", "data.range=0.0,255.0"]
     command = after(
@@ -254,7 +241,8 @@ def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys
         *sizes,
         f"data={table}",
         f"out={run}",
-        f"probe.data={table}:path=which,label=what",
+        f"probe.data={table}",
+        "probe.columns=path:which,label:what",
     )
     assert command == ["verdict", str(table), f"weights={run}", "columns=path:which,label:what"]
     command = after("eval", *command[1:], "protocols=knn", "own.root=" + str(tmp_path))

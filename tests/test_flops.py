@@ -38,9 +38,8 @@ def test_pytorch_counts_the_same_in_a_whole_training_step(overrides: dict[str, A
     state = TrainState(config, *build_networks(config), torch.device("cpu"), torch.float32)
     batch = random_batch(config, state.student.backbone.patch_size, torch.device("cpu"))
     now = Now(lr=1e-3, last_layer_lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.1)
-    options = {"loss": config.loss, "optim": config.optim, "seed": 0}
     with FlopCounterMode(display=False) as counter:
-        train_step(state, batch, now, dtype=torch.float32, **options)
+        train_step(state, batch, now)
     job = describe(config, 1, 1, find_device("h100"))
     assert len(batch.mask_indices) == job.masked_patches(4)
     expected = 4 * operations_of(job).total + job.koleo_operations()

@@ -14,7 +14,7 @@ from training import loss_trace, read_lines, stopped_after, tiny_config
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
-from dinoreg.config.schema import DataConfig, OptimConfig, ScheduleConfig
+from dinoreg.config.schema import DataConfig, ScheduleConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import ScenesSource
@@ -79,8 +79,8 @@ def held_state() -> tuple[TrainState, Config]:
 
 
 def step(state: TrainState, config: Config, gram: bool = True, accumulate: int = 1) -> StepResult:
-    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(accumulate=accumulate), "seed": 0}
-    return train_step(state, new_batch(), replace(NOW, gram=gram), **options)
+    state.optim = replace(config.optim, accumulate=accumulate)
+    return train_step(state, new_batch(), replace(NOW, gram=gram))
 
 
 def test_a_step_holds_all_patches_of_the_masked_global_crops_to_those_that_the_anchor_sees() -> None:

@@ -100,6 +100,7 @@ def test_a_healthy_run_gets_no_diagnosis() -> None:
         ("few-prototypes-used", {"target_marginal_entropy": 1.0, "prototype_usage": 0.01}),
         ("feature-collapse", {"feature_rank": 1.01, "feature_std": 1e-5}),
         ("data-bound", {"data_time": 0.6}),
+        ("apart-crops", {"paka_loss": 0.0}),
     ],
 )
 def test_each_fault_is_named_after_three_lines_and_only_once(name: str, signals: dict[str, float]) -> None:
@@ -313,3 +314,9 @@ def test_a_run_that_stays_non_finite_stops_in_words(tmp_path: Path, monkeypatch:
     poison(monkeypatch, range(2, 10**6))
     with pytest.raises(RunError, match="not finite, after 1 roll-back"):
         run(tmp_path / "run", steps=20, health__max_nonfinite=3)
+
+
+@pytest.mark.slow
+def test_crops_of_which_none_lies_in_another_are_named_where_a_loss_needs_such(tmp_path: Path) -> None:
+    apart = {"crops__local_scale": (0.8, 1.0), "crops__global_scale": (0.1, 0.2)}
+    assert "apart-crops" in run(tmp_path / "run", steps=6, loss__paka_weight=1.0, **apart)

@@ -72,8 +72,3 @@ def test_one_image_gives_a_finite_loss() -> None:
     mask = torch.tensor([[0, 1, 1], [0, 0, 0]], dtype=torch.bool)
     _, weights = mask_tensors(mask)
     assert ibot_loss(torch.randn(2, 5), torch.full((2, 5), 0.2), weights, 2, 0.1).isfinite()
-
-
-def test_ibot_loss_needs_the_number_of_crops() -> None:
-    with pytest.raises(ValueError, match="num_crops"):
-        ibot_loss(torch.zeros(1, 5), torch.zeros(1, 5), torch.ones(1), 0, 0.1)

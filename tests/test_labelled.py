@@ -13,6 +13,7 @@ import pytest
 
 from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.errors import UserError
 
@@ -43,10 +44,15 @@ def refusal(path: Path, columns: str = "") -> str:
     return str(caught.value)
 
 
+def paths(found: LabelledImages) -> list[str]:
+    assert isinstance(found.source, PathSource)
+    return [*found.source.paths]
+
+
 def told(found: LabelledImages) -> list[tuple[str, str | None, str]]:
     """(path, split, class) of every image."""
-    words = found.words or [None] * len(found.paths)
-    return list(zip(found.paths, words, (found.class_names[label] for label in found.labels), strict=True))
+    words = found.words or [None] * len(found.labels)
+    return list(zip(paths(found), words, (found.class_names[label] for label in found.labels), strict=True))
 
 
 def split_counts(found: LabelledImages) -> dict[str, int]:
@@ -158,7 +164,7 @@ def test_masks_in_folders_beside_a_class_s_pictures_are_no_pictures(tmp_path: Pa
     found = read_labelled(
         fill(tmp_path, [f"{name}/{kind}" for name in ("Covid", "Normal") for kind in ("images", masks)])
     )
-    assert found.paths == [f"{name}/images/{number}.png" for name in ("Covid", "Normal") for number in range(2)]
+    assert paths(found) == [f"{name}/images/{number}.png" for name in ("Covid", "Normal") for number in range(2)]
     (line,) = found.warnings
     assert "4 images" in line
     assert masks in line
@@ -170,7 +176,7 @@ def test_masks_that_are_called_after_their_picture_are_no_pictures(tmp_path: Pat
         (tmp_path / name).touch()
     (tmp_path / "malignant" / "white_mask.png").touch()  # a picture: there is no "white.png"
     found = read_labelled(tmp_path)
-    assert sorted(found.paths) == [
+    assert sorted(paths(found)) == [
         *("benign/0.png", "benign/1.png"),
         *("malignant/0.png", "malignant/1.png", "malignant/white_mask.png"),
     ]
@@ -180,7 +186,7 @@ def test_masks_that_are_called_after_their_picture_are_no_pictures(tmp_path: Pat
 def test_other_folders_that_repeat_below_the_classes_are_said(tmp_path: Path) -> None:
     fill(tmp_path, [f"{name}/{kind}" for name in ("cat", "dog") for kind in ("original", "augmented")])
     found = read_labelled(tmp_path)
-    assert len(found.paths) == 8
+    assert len(found.labels) == 8
     assert "augmented/, original/" in found.warnings[0]
     tiny = read_labelled(fill(tmp_path / "tiny", [f"{name}/images" for name in ("n01", "n02")]))
     assert (tiny.class_names, tiny.warnings) == (["n01", "n02"], [])
@@ -191,7 +197,7 @@ def test_litter_and_empty_folders_are_no_classes(tmp_path: Path) -> None:
     (tmp_path / "owl").mkdir()
     (tmp_path / "Thumbs.db").touch()
     found = read_labelled(tmp_path)
-    assert (len(found.paths), found.class_names, found.warnings) == (4, ["cat", "dog"], [])
+    assert (len(found.labels), found.class_names, found.warnings) == (4, ["cat", "dog"], [])
 
 
 def test_classes_that_differ_in_case_only_are_said(tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_a_list_of_classes_beside_folders_says_what_is_absent_and_what_is_too_ma
     fill(tmp_path, ["cat", "dog", "junk"])
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
     found = read_labelled(tmp_path)
-    assert (found.class_names, len(found.paths)) == (["cat", "dog"], 4)
+    assert (found.class_names, len(found.labels)) == (["cat", "dog"], 4)
     assert any("owl" in line for line in found.warnings)
     assert any("junk (2 images)" in line for line in found.warnings)
 
@@ -259,7 +265,7 @@ def test_a_table_is_read_however_it_was_written(tmp_path: Path, text: str) -> No
 
 def test_backslashes_part_folders_unless_a_file_is_called_so(tmp_path: Path) -> None:
     path = table(tmp_path, "path,label\nim\\a.png,x\nb\\b.png,y\n", pictures=("im/a.png", "b\\b.png"))
-    assert read_labelled(path).paths == ["im/a.png", "b\\b.png"]
+    assert paths(read_labelled(path)) == ["im/a.png", "b\\b.png"]
 
 
 def test_a_list_with_labels_behind_its_paths_is_a_table(tmp_path: Path) -> None:
@@ -277,7 +283,7 @@ def test_the_first_row_of_a_table_without_names_is_a_row(tmp_path: Path) -> None
     assert told(found) == [("a.gif", "train", "0"), ("b.png", "test", "1")]
     assert "first line" in found.warnings[0]
     odd = table(tmp_path, "scan.raw,0\nb.png,1\n", "odd.csv", ("scan.raw", "b.png"))  # a file, whatever its ending
-    assert read_labelled(odd).paths == ["scan.raw", "b.png"]
+    assert paths(read_labelled(odd)) == ["scan.raw", "b.png"]
 
 
 def test_named_columns_are_taken_and_others_left_out(tmp_path: Path) -> None:
@@ -378,7 +384,7 @@ def test_classes_of_a_list_that_no_row_has_are_said(tmp_path: Path) -> None:
 def test_identifiers_without_an_ending_are_those_of_the_one_picture_so_called(tmp_path: Path) -> None:
     pictures = ("a.png", "b.v2.JPG", "c.png", "c.jpg", "d.txt")
     file = table(tmp_path, "image,label\na,0\nb.v2,1\n", pictures=pictures)
-    assert read_labelled(file).paths == ["a.png", "b.v2.JPG"]
+    assert paths(read_labelled(file)) == ["a.png", "b.v2.JPG"]
     for name in ("c", "d", "e"):
         file = table(tmp_path, f"image,label\na,0\n{name},1\n", pictures=pictures)
         assert f"/{name} is missing" in refusal(file)

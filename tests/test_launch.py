@@ -30,7 +30,7 @@ from dinoreg.config.load import Config, load_config
 from dinoreg.config.option import keys_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs import slurm
-from dinoreg.jobs.attempt import Attempt, Command, Evaluations
+from dinoreg.jobs.attempt import Attempt, Command
 from dinoreg.jobs.job_type import Plan, Request, find_job, job_files
 from dinoreg.jobs.local_queue import LocalJob, read_state
 from dinoreg.jobs.options import OPTION_NAMES, LaunchOptions, read_time, split_options
@@ -157,7 +157,7 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN, LOCAL, "data=nowhere"], "data: given twice"),
         (
             ["launch", "pretrain", "quickstart", "data=nowhere", "out=run", LOCAL],
-            "data=nowhere: no such file or folder",
+            "data: nowhere does not exist, expected a folder",
         ),
         (
             ["launch", "pretrain", "quickstart", "data=scenes", "out=full", LOCAL],
@@ -194,11 +194,11 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN[:1], "sweep", *PRETRAIN[2:], "sweep.seed=[1,1]", LOCAL], "sweep.seed=[1,1]: expected values that"),
         ([*PRETRAIN[:1], "sweep", *PRETRAIN[2:], "sweep.sead=[0,1]", LOCAL], "sead: unknown key"),
         ([*PRETRAIN[:1], "sweep", *PRETRAIN[2:], "seed=1", "sweep.seed=[0,1]", LOCAL], "seed: given twice"),
-        (["launch", "export", "format=timm", "out=x", LOCAL], "export: weights= is missing"),
-        (["launch", "export", "wieghts=x", LOCAL], "wieghts: unknown key of dinoreg export; did you mean weights?"),
+        (["launch", "export", "format=timm", "out=x", LOCAL], "weights= is missing"),
+        (["launch", "export", "wieghts=x", LOCAL], "wieghts: unknown key (command line); did you mean weights?"),
         (["launch", "status"], "launch status: missing RUN"),
         (["launch", "status", "full"], "full: nothing was launched for this folder"),
-        (["launch", "logs", "full", "tail=3"], "tail: unknown key of dinoreg launch logs"),
+        (["launch", "logs", "full", "tail=3"], "tail: unknown key (command line)"),
         (["launch", "cancel", "full", "save=maybe"], "save=maybe: expected true or false"),
     ],
     ids=lambda value: " ".join(value[1:])[:60] if isinstance(value, list) else "",
@@ -385,14 +385,13 @@ def test_another_code_is_another_copy_and_the_first_stays(monkeypatch: pytest.Mo
     first = copy_package(Path("code"))
     from dinoreg.jobs import snapshot
 
-    files = snapshot.package_files()
-    extra = Path("extra.py")
-    extra.write_text("x = 1\n")
-    monkeypatch.setattr(snapshot, "package_files", lambda: {**files, "dinoreg/extra.py": extra})
+    Path("extra").mkdir()
+    Path("extra/extra.py").write_text("x = 1\n")
+    monkeypatch.setitem(snapshot.FOLDERS, "dinoreg/extra", Path("extra"))
     second = copy_package(Path("code"))
     assert second != first
     assert first.is_dir()
-    assert (second / "dinoreg" / "extra.py").read_text() == "x = 1\n"
+    assert (second / "dinoreg/extra/extra.py").read_text() == "x = 1\n"
 
 
 def test_signals_are_held_back_until_a_job_takes_them(tmp_path: Path) -> None:
@@ -658,15 +657,15 @@ def test_a_checkpoint_sends_its_evaluation_off_and_never_fails(
     command = Command(
         run_verb, *(("pretrain", "x"), str(in_job), str(in_job.parent)), evaluate=("status-of-nothing", "a b")
     )
-    evaluations = Evaluations(Attempt(command))
+    attempt = Attempt(command)
     begun = time.monotonic()
-    evaluations.send(5, Path("teacher/step_0000005.safetensors"))
+    attempt.evaluate(5, Path("teacher/step_0000005.safetensors"))
     assert time.monotonic() - begun < 1
-    evaluations.finish(60)
+    attempt.finish_submissions(60)
     said = (in_job / "local1.0_evaluate.log").read_text()
     assert "launch: status-of-nothing: unknown job" in said
-    broken = Evaluations(Attempt(Command(run_verb, ("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets"))))
-    broken.send(5, Path("teacher"))
+    broken = Attempt(Command(run_verb, ("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets")))
+    broken.evaluate(5, Path("teacher"))
     assert "step 5 is not evaluated" in capsys.readouterr().err
 
 
@@ -678,7 +677,6 @@ def record(job: str = "12", **changed: Any) -> Record:
     values: dict[str, Any] = {
         "job": job,
         "launch": 1,
-        "kind": "pretrain",
         "group": "pretrain",
         "cluster": "slurm",
         "command": ["pretrain", "run/launch/config.yaml", "resume=true"],
@@ -687,8 +685,6 @@ def record(job: str = "12", **changed: Any) -> Record:
         "run": "run",
         "after": [],
         "runner": [],
-        "code": "",
-        "directory": "",
         "time": 0.0,
     }
     return Record(**{**values, **changed})

@@ -51,7 +51,7 @@ def real_step(config: Config, precision: str, processes: int = 1) -> tuple[Trace
         batch = random_batch(config, state.student.backbone.patch_size, CPU)
         parts = config.optim.accumulate
         masked = (len(batch.mask_indices) // parts,) * parts
-        return record_step(config, state, batch, precision), masked
+        return record_step(config, state, batch), masked
 
 
 MODES = [

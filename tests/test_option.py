@@ -46,7 +46,7 @@ class Inner(Options, section="inner"):
 
 
 @dataclass(frozen=True)
-class Outer(Options, verb="try"):
+class Outer(Options):
     name: str = option(REQUIRED, "what it is called")
     size: int | None = option(None, "of a side", unit="pixel", low=2, high=64)
     memory: str | None = option(None, "at most", pattern=r"\d+[KMG]", expected="a number with its unit, as 64G")
@@ -111,12 +111,12 @@ def test_a_refusal_names_the_key_the_value_and_what_is_accepted(text: str, accep
 
 def test_unknown_and_missing_keys_are_named_with_the_nearest_or_the_meaning() -> None:
     assert refusal(Outer, "nam=x").startswith(
-        "nam: unknown key of dinoreg try; did you mean name?; accepted: name, size"
+        "nam: unknown key (command line); did you mean name?; accepted: name, size"
     )
     assert refusal(Outer, "name=x", "inner.knd=dog").startswith(
-        "inner.knd: unknown key of dinoreg try; did you mean inner.kind?"
+        "inner.knd: unknown key (command line); did you mean inner.kind?"
     )
-    assert refusal(Outer) == "try: name= is missing: what it is called; see dinoreg try --help"
+    assert refusal(Outer) == "name= is missing: what it is called"
 
 
 def test_options_that_are_made_in_python_are_checked_too() -> None:

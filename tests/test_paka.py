@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_step import FP32, NOW, new_state
+from test_step import NOW, new_state
 from torch import Tensor
 from training import loss_trace, read_lines, stopped_after, tiny_config
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import DataConfig, OptimConfig
+from dinoreg.config.schema import DataConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data.crops import place_boxes, places, relative_boxes
 from dinoreg.data.loader import Batch, BatchLoader, Views
@@ -173,8 +173,9 @@ def literal_loss(local: Tensor, clean: Tensor, batch: Batch) -> tuple[float, int
 
 
 def taken(config: Config, batch: Batch, accumulate: int = 1) -> StepResult:
-    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(accumulate=accumulate), "seed": 0}
-    return train_step(new_state(config), batch, NOW, **options)
+    state = new_state(config)
+    state.optim = replace(state.optim, accumulate=accumulate)
+    return train_step(state, batch, NOW)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from dinoreg.distributed.process_group import (
     ALONE,
     Place,
     Ranks,
+    _check_devices,
     is_main_process,
-    pick_cuda_index,
     place_from_environment,
     session,
 )
@@ -98,10 +99,7 @@ def test_the_tolerance_is_that_of_rounding_itself(tmp_path: Path) -> None:
         state, losses = setup.new_state(), []
         with setup.batches(state) as batches:
             for step in range(50):
-                result = train_step(
-                    state, next(batches), setup.schedules.at(step), loss=setup.config.loss, dtype=torch.float32,
-                    optim=setup.config.optim, seed=0,
-                )  # fmt: skip
+                result = train_step(state, next(batches), setup.schedules.at(step))
                 losses.append(float(result.losses["total"]))
         return losses
 
@@ -415,17 +413,20 @@ def test_the_place_of_a_process_comes_from_torchrun_or_from_srun(monkeypatch: py
     assert again.port == found.port != other.port
 
 
-def test_fewer_devices_than_processes_are_refused() -> None:
-    assert pick_cuda_index(2, 4, 4) == 2
-    assert pick_cuda_index(3, 1, 4) == 0  # the scheduler bound one device to each process
-    with pytest.raises(UserError, match=r"process 3 of 4 on this machine: it has 2 CUDA devices"):
-        pick_cuda_index(3, 2, 4)
+def test_fewer_devices_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", True), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="own"))
+    _check_devices("cuda", Ranks(1, 1))
+    others = SimpleNamespace(gather_objects=lambda own: ["another", own, own])
+    with pytest.raises(UserError, match=r"ranks 1, 2 share one CUDA device: .* fewer devices than processes"):
+        _check_devices("cuda", others)
 
 
 def test_the_anchor_of_parts_is_that_of_the_whole() -> None:
     torch.manual_seed(0)
     cls, patches, cls_there, patches_there = (torch.randn(n, 5) for n in (4, 9, 4, 9))
-    whole = anchor_loss(cls, patches, cls_there, patches_there)
+    whole = anchor_loss(cls, patches, cls_there, patches_there, torch.tensor(9.0))
     parts = [
         anchor_loss(cls[a:b], patches[c:d], cls_there[a:b], patches_there[c:d], torch.tensor(4.5))
         for a, b, c, d in ((0, 2, 0, 3), (2, 4, 3, 9))

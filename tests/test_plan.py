@@ -83,8 +83,7 @@ def state_of(config: Config, ranks: Ranks = ALONE) -> TrainState:
 
 def take_step(config: Config, state: TrainState) -> None:
     batch = random_batch(config, state.student.backbone.patch_size, CPU)
-    options = {"loss": config.loss, "optim": config.optim, "seed": 0}
-    train_step(state, batch, NOW, dtype=torch.float32, **options)
+    train_step(state, batch, NOW)
 
 
 # ---------------------------------------------------------------- networks
@@ -288,7 +287,7 @@ def test_what_takes_long_on_a_cpu_is_not_probed_unasked() -> None:
 
 
 def test_a_measured_speed_is_what_a_plan_counts_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Speed(50.0, True, "measured", 6)
+    measured = Speed(50.0, True, "measured")
     monkeypatch.setattr(plan_run, "probe", lambda job, where: measured)
     found = plan(tiny_config(steps=100), probe=True)
     assert found.step.computing == 6 / 50
@@ -408,7 +407,7 @@ def test_what_loading_costs_is_measured_on_the_images_and_counted(
     assert plan(of_one, probe=False).run.loading is not None  # though its statistics are not measured yet
     assert plan(tiny_config(steps=10), probe=False).run.loading is None  # scenes are drawn once
     monkeypatch.setattr(plan_run, "seconds_per_image", lambda *_, **__: 3.0)
-    monkeypatch.setattr(plan_run, "estimate", lambda *_: Speed(1.0, False, "assumed", 2))
+    monkeypatch.setattr(plan_run, "estimate", lambda *_: Speed(1.0, False, "assumed"))
     monkeypatch.setattr(plan_run, "usable_cores", lambda: 4)
     waits = plan(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1)), probe=False).run
     assert (waits.seconds, waits.waiting) == (10 * 2 * 3.0, pytest.approx(2 / 3))

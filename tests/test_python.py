@@ -105,7 +105,7 @@ def test_view_returns_the_pictures_that_the_command_writes(run: Path, classes: P
     for path in found.pictures:
         assert path.read_bytes() == (tmp_path / "command" / "norms" / path.name).read_bytes()
     assert found.record == json.loads((tmp_path / "command" / "norms" / "view.json").read_text())
-    assert repr(found) == f"<view of norms: {len(found.pictures)} pictures, {found.page}>"
+    assert repr(found) == f"<View: {found.page}>"
     read_page(found)
 
 
@@ -134,7 +134,7 @@ def test_registers_returns_what_the_command_writes(tmp_path: Path, capsys: pytes
     assert json.loads(json.dumps([found.measured[0].record])) == written
     (said,) = found.verdicts.values()
     assert said.headline in capsys.readouterr().out
-    assert repr(found) == f"<registers on 8 images: planted: {said.headline}>"
+    assert repr(found) == f"<RegisterReport: {found.page}>"
     read_page(found)
 
 
@@ -179,7 +179,7 @@ assert dinoreg.plan.devices.find_device("t4").kind == "cuda"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [*inspect.signature(dinoreg.registers).parameters] == ["weights", "images", "options"]
-    export = "weights format out size channels registers images"
+    export = "weights format out options"
     assert [*inspect.signature(dinoreg.export).parameters] == export.split()
     for name in dinoreg.__all__:
         assert getattr(dinoreg, name) is not None

@@ -696,9 +696,8 @@ def test_the_meta_file_can_hold_nothing_but_plain_text(
     assert read("imagenet1k", tmp_path).class_names[0] == "tench"
 
 
-@pytest.mark.parametrize("extra", [True, False])
-def test_both_layouts_of_22k_hold_the_same_images_out(tmp_path: Path, extra: bool) -> None:
-    imagenet22k.write(tmp_path / "a", per_class=9, extra=extra)
+def test_both_layouts_of_22k_hold_the_same_images_out(tmp_path: Path) -> None:
+    imagenet22k.write(tmp_path / "a", per_class=9)
     imagenet22k.write(tmp_path / "b", per_class=9, layout="folders")
     options = {"holdout_per_class": 3, "train_per_class": 4}
     tars, folders = (read("imagenet22k", tmp_path / name, **options) for name in "ab")
@@ -729,7 +728,7 @@ def test_nothing_is_both_trained_on_and_held_out_and_the_seed_chooses(tmp_path: 
 
 @pytest.mark.parametrize("layout", ["tars", "folders"])
 def test_the_file_that_is_no_image_is_left_out(tmp_path: Path, layout: str) -> None:
-    imagenet22k.write(tmp_path, per_class=4, layout=layout, extra=False)
+    imagenet22k.write(tmp_path, per_class=4, layout=layout)
     data = read("imagenet22k", tmp_path)
     names = [name for split in data.splits for name, _ in pairs(data, split)]
     assert len(names) == 16
@@ -740,8 +739,8 @@ def test_the_file_that_is_no_image_is_left_out(tmp_path: Path, layout: str) -> N
 
 
 def test_every_layout_of_22k_is_a_source_of_all_readable_images(tmp_path: Path) -> None:
-    for layout, extra in (("tars", True), ("tars", False), ("folders", False)):
-        folder = imagenet22k.write(tmp_path / f"{layout}{extra}", per_class=3, layout=layout, extra=extra)
+    for layout in ("tars", "folders"):
+        folder = imagenet22k.write(tmp_path / layout, per_class=3, layout=layout)
         for root in (folder, folder.parent):
             source = open_source(f"imagenet22k:root={root}")
             names = {re.split("[/:]", source.name(index))[-1] for index in range(len(source))}
@@ -751,7 +750,7 @@ def test_every_layout_of_22k_is_a_source_of_all_readable_images(tmp_path: Path) 
 
 
 def test_a_part_of_22k_is_a_source_too(tmp_path: Path) -> None:
-    folder = imagenet22k.write(tmp_path, per_class=3, extra=False)
+    folder = imagenet22k.write(tmp_path, per_class=3)
     (folder / "n01440764.tar").unlink()
     assert len(open_source(f"imagenet22k:root={tmp_path}")) == 9
 
@@ -778,10 +777,10 @@ def test_imagenet_is_a_source_by_split(tmp_path: Path) -> None:
             "imagenet1k:",
             r"imagenet1k needs the folder .* imagenet1k:root=FOLDER with train of ILSVRC2012_img_train",
         ),
-        ("imagenet22k:split=train", "imagenet22k has no option 'split', expected root, extra"),
+        ("imagenet22k:split=train", "imagenet22k has no option 'split', expected root"),
         ("imagenet1k:root={0},splt=val", "no option 'splt', expected root, split; did you mean split"),
         ("imagenet1k:root={0},split=tran", r"split=tran: expected train or val; did you mean train\?"),
-        ("imagenet1k:root={0},root={0}", "root is given twice"),
+        ("imagenet1k:root={0},root={0}", r"root: given twice \(data=imagenet1k:root="),
         ("imagenet1k:root=/no/such/place", "root=/no/such/place is not a folder"),
         ("imagenet1k:root={0}", r"imagenet1k/train is missing; it comes from ILSVRC2012_img_train\.tar"),
         ("imagenet22k:root={0}", r"imagenet22k/n\[0-9\]\*\.tar is missing; it comes from fall11_whole\.tar"),

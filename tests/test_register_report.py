@@ -14,7 +14,7 @@ from planted import BLOCK, UNIT, patchy_images, planted_vit, save, write_images
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.commands.options import RegistersOptions
-from dinoreg.commands.registers import common_size, read_pictures
+from dinoreg.commands.registers import common_size, encoders_of, read_pictures
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
@@ -191,6 +191,9 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = dict(comparison(records(tmp_path / "out" / "registers.html")))
     assert rows["registers"] == ["1", "2"]
     assert "probe: CLS" not in rows
+    subjects = [open_subject(str(file), "cpu") for file in [*files, files[0], files[0]]]
+    named = [each.name for each in encoders_of(subjects)]
+    assert named == ["m, 1 registers", "m, 2 registers", "m, 1 registers (2)", "m, 1 registers (3)"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (["weights=random:vitt8_reg0,random:vitt14_reg0", "images=scenes", "size=64"], "compared on the same pixels"),
         (["weights=random:vitt8_reg0", "images=scenes", "num_images=1"], "at least 2"),
         (["weights=random:vitt8_reg0", "images=scenes", "seed=-1"], "seed=-1"),
-        (["weights=random:vitt8_reg0", "images=scenes", "image=scenes"], "unknown key of dinoreg registers"),
+        (["weights=random:vitt8_reg0", "images=scenes", "image=scenes"], "unknown key (command line)"),
         (["weights=random:vitt8_reg0", "images=scenes", "out=taken"], "is a file"),
     ],
 )

@@ -22,6 +22,7 @@ from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.open import open_names, open_source, read_labelled
 from dinoreg.data.parquet_source import ParquetSource
 from dinoreg.data.sampler import Sampler
+from dinoreg.data.shards import Shards
 from dinoreg.data.source import Group, Source, WeightedSource
 from dinoreg.data.tables import Table, inside
 from dinoreg.data.tar_index import index_tars, sidecars
@@ -187,7 +188,7 @@ def test_a_folder_of_pictures_beside_a_table_stays_a_folder_and_a_teaser_beside_
 
 
 def told(found: LabelledImages) -> list[tuple[str, str]]:
-    assert contents(found.source()) == PICTURES
+    assert contents(found.source) == PICTURES
     return [(found.class_names[label], (found.words or [""] * 12)[row]) for row, label in enumerate(found.labels)]
 
 
@@ -221,7 +222,7 @@ def test_what_is_not_asked_for_beside_pictures_is_not_kept(tmp_path: Path) -> No
         text = texts[index] if index < len(texts) else json.dumps({"label": kind, "caption": "x" * 99, "url": "y" * 99})
         members |= {f"{index}.cls": kind.encode(), f"{index}.json": text.encode(), f"{index}.png": picture(index)}
     pack(tmp_path / "a.tar", members)
-    found = index_tars(tmp_path, archives=["a.tar"])
+    found = index_tars(Shards(str(tmp_path), ["a.tar"], ".tar"))
     assert told(read_labelled(tmp_path, columns="label:cls")) == [(f"kind {number % 2}", "") for number in range(12)]
     table = sidecars(found, "x", {})
     assert table.names == ("cls", "label", "caption", "url")

@@ -30,24 +30,16 @@ def trained(config: Config, steps: int, dtype: torch.dtype = torch.float32) -> T
     """The state after some real steps, with everything in it away from its first value."""
     setup = Setup(config)
     state = TrainState(config, setup.student, setup.teacher, CPU, dtype)
-    advance(setup, state, steps, dtype)
+    advance(setup, state, steps)
     return state
 
 
-def advance(setup: Any, state: TrainState, steps: int, dtype: torch.dtype) -> list[Tensor]:
+def advance(setup: Any, state: TrainState, steps: int) -> list[Tensor]:
     batches: BatchLoader = setup.batches(state)
     totals = []
     with batches:
         for _ in range(steps):
-            result = train_step(
-                state,
-                next(batches),
-                setup.schedules.at(state.step),
-                loss=setup.config.loss,
-                dtype=dtype,
-                optim=setup.config.optim,
-                seed=setup.config.seed,
-            )
+            result = train_step(state, next(batches), setup.schedules.at(state.step))
             totals.append(result.losses["total"])
     return totals
 
@@ -164,8 +156,8 @@ def test_a_state_comes_back_from_a_checkpoint_bit_for_bit_and_trains_on_alike(
     setups = Setup(config)
     state.rejected.zero_()
     again.rejected.zero_()
-    ahead = advance(setups, state, 2, torch.float32)
-    assert [float(x) for x in advance(setups, again, 2, torch.float32)] == [float(x) for x in ahead]
+    ahead = advance(setups, state, 2)
+    assert [float(x) for x in advance(setups, again, 2)] == [float(x) for x in ahead]
     assert_same_tensors(again.tensors(), state.tensors())
 
 

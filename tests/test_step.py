@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from training import tiny_config
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import OptimConfig
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
 from dinoreg.models import vit
@@ -61,16 +60,8 @@ def new_batch(num_images: int = 6, num_local: int = 2, seed: int = 0, masked: bo
     )
 
 
-def step(state: TrainState, batch: Batch, config: Config, accumulate: int = 1) -> StepResult:
-    return train_step(
-        state,
-        batch,
-        NOW,
-        loss=config.loss,
-        dtype=FP32,
-        optim=OptimConfig(accumulate=accumulate),
-        seed=config.seed,
-    )
+def step(state: TrainState, batch: Batch) -> StepResult:
+    return train_step(state, batch, NOW)
 
 
 def literal_losses(state: TrainState, batch: Batch, config: Config) -> dict[str, torch.Tensor]:
@@ -131,8 +122,8 @@ def test_a_step_has_the_losses_and_gradients_of_the_sums_written_out() -> None:
     gradients = [p.grad.clone() for p in state.student.parameters()]
     state.optimizer.zero_grad()
 
-    targets = teacher_targets(state.teacher, batch, state.centers, NOW.teacher_temp, config.loss, FP32)
-    losses = backward(state, batch, targets, config.loss, FP32, accumulate=1, seed=0)
+    targets = teacher_targets(state, batch, NOW.teacher_temp)
+    losses = backward(state, batch, targets, seed=0)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses["total"], sum(expected.values()).detach(), atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
@@ -159,7 +150,7 @@ def test_a_gpu_takes_the_cpus_step(centering: str, monkeypatch: pytest.MonkeyPat
     for device in (CPU, torch.device("cuda")):
         state, batch = new_state(config, device), new_batch()
         tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        taken = step(state, replace(batch, **tensors), config)
+        taken = step(state, replace(batch, **tensors))
         values = [*taken.losses.values(), *taken.norms.values(), *(p.grad for p in state.student.parameters())]
         results.append([value.cpu() for value in values])
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-3)
@@ -173,8 +164,9 @@ def test_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(centerin
     results = []
     for accumulate in (1, 3):
         state = new_state(config)
-        targets = teacher_targets(state.teacher, batch, state.centers, NOW.teacher_temp, config.loss, FP32, accumulate)
-        losses = backward(state, batch, targets, config.loss, FP32, accumulate, seed=0)
+        state.optim = replace(state.optim, accumulate=accumulate)
+        targets = teacher_targets(state, batch, NOW.teacher_temp)
+        losses = backward(state, batch, targets, seed=0)
         results.append((losses, targets, [p.grad for p in state.student.parameters()]))
     (whole, whole_targets, whole_gradients), (parts, parts_targets, parts_gradients) = results
     torch.testing.assert_close(parts_targets.dino, whole_targets.dino)
@@ -190,13 +182,13 @@ def test_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(centerin
 def test_micro_batches_replay_drop_path_in_both_passes() -> None:
     config = tiny_config(model__drop_path=0.4, optim__accumulate=3)
     state, batch = new_state(config), new_batch()
-    targets = teacher_targets(state.teacher, batch, state.centers, 0.05, config.loss, FP32, 3)
-    losses = backward(state, batch, targets, config.loss, FP32, 3, seed=11)
+    targets = teacher_targets(state, batch, 0.05)
+    losses = backward(state, batch, targets, seed=11)
 
     tokens = []
     for index, part in enumerate(micro_batches(batch, 3)):
         torch.manual_seed(11 * 1_000_003 + index)
-        tokens.append((part.rows, student_losses(state.student, part, targets, config.loss, FP32)[1]))
+        tokens.append((part.rows, student_losses(state, part, targets)[1]))
     rows = torch.cat([rows for rows, _ in tokens]).argsort()
     features = torch.cat([found for _, found in tokens])[rows]
     torch.testing.assert_close(losses["koleo"], config.loss.koleo_weight * koleo_of_views(features.detach()))
@@ -218,21 +210,21 @@ def test_the_teacher_sees_unmasked_crops_and_gets_no_gradient() -> None:
     config = tiny_config(model__drop_path=0.0)
     state = new_state(config)
     clean, hidden = new_batch(masked=False), new_batch()
-    one = teacher_targets(state.teacher, clean, state.centers, 0.05, config.loss, FP32)
-    two = teacher_targets(state.teacher, hidden, state.centers, 0.05, config.loss, FP32)
+    one = teacher_targets(state, clean, 0.05)
+    two = teacher_targets(state, hidden, 0.05)
     assert torch.equal(one.dino, two.dino)
-    step(state, hidden, config)
+    step(state, hidden)
     assert all(parameter.grad is None for parameter in state.teacher.parameters())
 
 
 def test_targets_use_the_centre_of_earlier_steps_only() -> None:
     config = tiny_config()
     state, batch = new_state(config), new_batch()
-    targets = teacher_targets(state.teacher, batch, state.centers, 0.05, config.loss, FP32)
+    targets = teacher_targets(state, batch, 0.05)
     logits = state.teacher["dino_head"](state.teacher["backbone"](batch.global_crops).cls)
     torch.testing.assert_close(targets.dino, F.softmax(logits / 0.05, dim=-1))
     torch.testing.assert_close(targets.centers["dino"], 0.1 * logits.mean(0, keepdim=True))
-    step(state, batch, config)
+    step(state, batch)
     torch.testing.assert_close(state.centers["dino"], targets.centers["dino"])
 
 
@@ -240,7 +232,7 @@ def test_the_teacher_moves_towards_the_student_after_its_update() -> None:
     config = tiny_config(model__drop_path=0.0)
     state, batch = new_state(config), new_batch()
     before = copy.deepcopy(state.teacher)
-    step(state, batch, config)
+    step(state, batch)
     for average, old, current in zip(state.teacher.parameters(), before.parameters(), state.student.parameters()):
         torch.testing.assert_close(average, 0.9 * old + 0.1 * current.detach())
 
@@ -250,7 +242,7 @@ def test_the_teacher_moves_towards_the_student_after_its_update() -> None:
 def test_every_batch_size_gives_a_finite_step(num_images: int, centering: str) -> None:
     config = tiny_config(loss__centering=centering)
     state = new_state(config)
-    result = step(state, new_batch(num_images), config)
+    result = step(state, new_batch(num_images))
     assert result.accepted.item() == 1.0
     assert all(math.isfinite(value) for value in result.losses.values())
 
@@ -258,7 +250,7 @@ def test_every_batch_size_gives_a_finite_step(num_images: int, centering: str) -
 def test_a_step_without_a_masked_patch_or_local_crop_is_finite_and_its_ibot_loss_is_zero() -> None:
     config = tiny_config(crops__num_local=0)
     state = new_state(config)
-    result = step(state, new_batch(num_local=0, masked=False), config)
+    result = step(state, new_batch(num_local=0, masked=False))
     assert result.accepted.item() == 1.0
     assert result.losses["ibot"].item() == 0.0
 
@@ -267,12 +259,12 @@ def test_a_step_without_a_masked_patch_or_local_crop_is_finite_and_its_ibot_loss
 def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(centering: str) -> None:
     config = tiny_config(loss__centering=centering)
     state = new_state(config)
-    step(state, new_batch(), config)
+    step(state, new_batch())
     before = copy.deepcopy(state.tensors())
     bad = new_batch(seed=1)
     bad.global_crops[3, 0, 5, 5] = math.nan
     for expected in (1.0, 2.0):
-        result = step(state, bad, config)
+        result = step(state, bad)
         assert result.accepted.item() == 0.0
         assert state.rejected.item() == expected
     after = state.tensors()
@@ -282,19 +274,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(centering: s
     for name, moments in before["optimizer"].items():
         for key, value in moments.items():
             assert torch.equal(after["optimizer"][name][key], value), (name, key)
-    step(state, new_batch(seed=2), config)
+    step(state, new_batch(seed=2))
     assert state.rejected.item() == 0.0
 
 
 def test_teacher_and_centres_move_on_an_overflow_where_asked_for_as_in_the_reference() -> None:
     config = tiny_config(loss__center_momentum=0.7)
     state = new_state(config)
-    step(state, new_batch(), config)
+    step(state, new_batch())
     before = copy.deepcopy(state.tensors())
-    targets = teacher_targets(state.teacher, new_batch(seed=1), state.centers, NOW.teacher_temp, config.loss, FP32)
+    targets = teacher_targets(state, new_batch(seed=1), NOW.teacher_temp)
     state.loss_scale = torch.tensor(1e38)  # the loss is finite, its gradients are not
-    options = {"loss": config.loss, "dtype": FP32, "optim": OptimConfig(move_on_skip=True), "seed": 0}
-    result = train_step(state, new_batch(seed=1), NOW, **options)
+    state.optim = replace(state.optim, move_on_skip=True)
+    result = train_step(state, new_batch(seed=1), NOW)
     assert (result.accepted.item(), result.losses["total"].isfinite().item()) == (0.0, True)
     for name, value in before["student"].items():
         assert torch.equal(state.tensors()["student"][name], value), name
@@ -306,7 +298,7 @@ def test_teacher_and_centres_move_on_an_overflow_where_asked_for_as_in_the_refer
         assert not torch.equal(center, before["centers"][name])
     bad = new_batch(seed=2)
     bad.global_crops[:] = math.nan  # of which no centre comes
-    train_step(state, bad, NOW, **options)
+    train_step(state, bad, NOW)
     assert all(value.isfinite().all() for part in ("teacher", "centers") for value in state.tensors()[part].values())
 
 
@@ -315,7 +307,7 @@ def test_weights_of_the_losses_scale_what_is_optimised_and_logged() -> None:
     losses = {}
     for weight in (1.0, 0.5):
         config = tiny_config(model__drop_path=0.0, loss__ibot_weight=weight, loss__dino_weight=weight)
-        losses[weight] = step(new_state(config), batch, config).losses
+        losses[weight] = step(new_state(config), batch).losses
     for name in ("dino_global", "dino_local", "ibot"):
         torch.testing.assert_close(losses[0.5][name], 0.5 * losses[1.0][name])
 
@@ -325,7 +317,7 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
     batch, results = new_batch(), []
     for dtype in (torch.float32, torch.bfloat16):
         state = TrainState(config, *build_networks(config), CPU, dtype)
-        results.append(train_step(state, batch, NOW, loss=config.loss, dtype=dtype, optim=OptimConfig(), seed=0))
+        results.append(train_step(state, batch, NOW))
         assert all(p.dtype == torch.float32 for p in state.student.parameters())
     exact, low = results
     for name in ("dino_global", "dino_local", "ibot"):

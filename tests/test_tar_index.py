@@ -1,4 +1,4 @@
-"""Images in tar archives: found in two ways, read by position, and never anything but what the archive holds."""
+"""Images in tar archives: found by their headers, read by position, and never anything but what the archive holds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 
 from dinoreg.data import tar_index as module
 from dinoreg.data.decode import BadImage
+from dinoreg.data.shards import find_shards
 from dinoreg.data.tar_index import TarSource, index_tars
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import imagenet22k
@@ -30,8 +31,10 @@ def pack(path: Path, members: Members, **options: object) -> None:
             archive.addfile(member, io.BytesIO(data))
 
 
-def source(root: Path, **options: object) -> TarSource:
-    return index_tars(root, **options)  # type: ignore[arg-type]
+def source(root: Path, index_dir: Path | None = None) -> TarSource:
+    shards = find_shards(f"{root}/*.tar")
+    assert shards is not None
+    return index_tars(shards, index_dir)
 
 
 def contents(found: TarSource) -> dict[str, bytes]:
@@ -58,24 +61,13 @@ def settle(root: Path) -> None:
             os.utime(Path(folder, name), (past, past))
 
 
-def rows(*entries: tuple[str, int, int, str]) -> np.ndarray:
-    kinds = [("class_id", "U12"), ("start_offset", "<u4"), ("end_offset", "<u4"), ("filename", "U24")]
-    return np.array(list(entries), dtype=kinds)
-
-
-def test_headers_and_dinov2s_table_give_the_bytes_that_tarfile_gives(tmp_path: Path) -> None:
-    fingerprints = set()
-    for extra in (True, False):
-        root = imagenet22k.write(tmp_path / str(extra), per_class=4, extra=extra)
-        expected = unpacked(root)
-        assert len(expected) == 4 * 4 + 1
-        if extra:  # DINOv2's table leaves the one unreadable file out
-            del expected[f"{root}/n06470073.tar:{imagenet22k.UNREADABLE}"]
-        found = source(root)
-        assert contents(found) == expected
-        assert list(contents(found)) == list(expected)
-        fingerprints.add(found.fingerprint())
-    assert len(fingerprints) == 2  # with the unreadable file and without: how they were found does not count
+def test_headers_give_the_bytes_that_tarfile_gives(tmp_path: Path) -> None:
+    root = imagenet22k.write(tmp_path, per_class=4)
+    expected = unpacked(root)
+    assert len(expected) == 4 * 4 + 1
+    found = source(root)
+    assert contents(found) == expected
+    assert list(contents(found)) == list(expected)
 
 
 def test_a_packed_member_is_unpacked_but_never_without_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +142,7 @@ def test_many_threads_read_what_one_reads(tmp_path: Path) -> None:
 
 
 def test_a_kept_index_is_reused_until_an_archive_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = imagenet22k.write(tmp_path, per_class=3, extra=False)
+    root = imagenet22k.write(tmp_path, per_class=3)
     settle(root)
     first = contents(source(root, index_dir=tmp_path / "kept"))
     found: list[str] = []
@@ -199,7 +191,7 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
     for damage in (data[:1600], data[:1536] + b"junk" * 128 + data[2048:], b"", gzip.compress(data), b"x" * 2000):
         whole.write_bytes(damage)
         with pytest.raises(UserError, match=r"a\.tar is not a whole uncompressed tar archive") as caught:
-            index_tars(tmp_path)
+            source(tmp_path)
         assert "\n" not in str(caught.value)
 
 
@@ -244,44 +236,8 @@ def test_a_walk_keeps_no_members(tmp_path: Path) -> None:
 
 
 def test_no_archives_and_no_images_in_them_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the folder .+ cannot be read"):
-        index_tars(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"no \.tar archives"):
-        index_tars(tmp_path)
+    with pytest.raises(UserError, match=r"\*\.tar matches no file"):
+        source(tmp_path)
     pack(tmp_path / "a.tar", {"notes.txt": b"1"})
     with pytest.raises(UserError, match="no image files in the 1 archives"):
-        index_tars(tmp_path)
-    with pytest.raises(UserError, match=r"elsewhere/entries\.npy is missing"):
-        index_tars(tmp_path, extra=tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("table", "what"),
-    [
-        (rows(("../b", 0, 1024, "x.jpg")), r"lists images of \.\./b, but .* has no \.\./b\.tar"),
-        (rows(("a", 0, 1 << 31, "x.jpg")), r"x\.jpg at bytes 0\.\.2147483648 does not lie in a\.tar of 10240 bytes"),
-        (rows(("a", 0, 1024, "x.jpg"), ("a", 2048, 1024, "y.jpg")), r"y\.jpg at bytes 2048\.\.1024 does not lie"),
-        (np.zeros(3), "has no columns"),
-        (np.array([{"class_id": "a"}], dtype=object), "not a readable array"),
-    ],
-)
-def test_a_table_that_does_not_fit_the_archives_is_refused(tmp_path: Path, table: np.ndarray, what: str) -> None:
-    pack(tmp_path / "a.tar", {"x.jpg": b"1"})
-    (tmp_path / "extra").mkdir()
-    np.save(tmp_path / "extra/entries.npy", table, allow_pickle=True)
-    with pytest.raises(UserError, match=what) as caught:
-        index_tars(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_table_is_read_in_chunks_in_its_own_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 4)
-    root = imagenet22k.write(tmp_path, per_class=5)
-    table = np.load(root / "extra/entries.npy")
-    shuffled = table[np.random.default_rng(1).permutation(len(table))]
-    np.save(root / "extra/entries.npy", shuffled)
-    expected = unpacked(root)
-    found = contents(source(root))
-    names = [f"{root}/{row['class_id']}.tar:{row['filename']}" for row in shuffled]
-    assert list(found) == names
-    assert found == {name: expected[name] for name in names}
+        source(tmp_path)

@@ -16,7 +16,7 @@ from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.html import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
-from dinoreg.visualize.crops import crop_sheet, hide
+from dinoreg.visualize.crops import TILE, crop_sheet, hide
 from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
 from dinoreg.visualize.subject import read_pictures, view_size
@@ -43,9 +43,9 @@ def test_attention_maps_are_the_rows_of_cls_and_registers_over_the_patches() -> 
 
 def test_the_attention_sheet_has_the_image_and_one_map_per_special_token() -> None:
     images = torch.randn(2, 3, 24, 32)
-    picture = attention_sheet(tiny_model(registers=5), images, to_pixels(images, MEAN, STD), height=30)
-    tile_width = 40  # 30 high at 24:32
-    assert picture.size == (7 * tile_width + 6 * GAP, LABEL + 2 * 30 + GAP)
+    picture = attention_sheet(tiny_model(registers=5), images, to_pixels(images, MEAN, STD))
+    tile_width = 157  # 118 high at 24:32
+    assert picture.size == (7 * tile_width + 6 * GAP, LABEL + 2 * 118 + GAP)
     opaque = np.array(picture)[LABEL + 5, :, 3] == 255
     assert np.count_nonzero(np.diff(opaque.astype(int)) == -1) == 6  # gaps between seven tiles
 
@@ -89,9 +89,10 @@ def test_fewer_than_three_directions_still_give_colours() -> None:
 
 
 def test_the_pca_sheet_shows_every_image_above_its_patches() -> None:
-    images = torch.randn(3, 3, 24, 32)
-    picture = pca_sheet(tiny_model(), images, to_pixels(images, MEAN, STD), height=30)
-    assert picture.size == (3 * 40 + 2 * GAP, 2 * 30 + GAP)
+    for count, columns, rows in ((3, 3, 2), (9, 8, 4)):
+        images = torch.randn(count, 3, 24, 32)
+        picture = pca_sheet(tiny_model(), images, to_pixels(images, MEAN, STD))
+        assert picture.size == (columns * 160 + (columns - 1) * GAP, rows * 120 + (rows - 1) * GAP)
 
 
 def test_pixels_undo_the_normalisation() -> None:
@@ -134,11 +135,13 @@ def batch(images: int = 3, num_local: int = 2) -> Batch:
 
 
 def test_the_crop_sheet_has_two_views_each_whole_and_masked_then_the_local_crops() -> None:
-    picture = crop_sheet(batch(), MEAN, STD, patch_size=8, num_images=2, height=48)
-    widths = 4 * 64 + 2 * 24  # local crops are half as high as global ones
-    assert picture.size == (widths + 5 * GAP, LABEL + 2 * 48 + GAP)
-    without = crop_sheet(batch(num_local=0), MEAN, STD, patch_size=8, height=48)
-    assert without.size == (4 * 64 + 3 * GAP, LABEL + 3 * 48 + 2 * GAP)
+    originals = [Image.new("RGB", (TILE, TILE))] * 2
+    picture = crop_sheet(batch(), MEAN, STD, patch_size=8, originals=originals)
+    wide = 149  # pixels of a global crop at 24:32
+    widths = TILE + 4 * wide + 2 * TILE // 2  # local crops are half as high as global ones
+    assert picture.size == (widths + 6 * GAP, LABEL + 2 * TILE + GAP)
+    without = crop_sheet(batch(num_local=0), MEAN, STD, patch_size=8)
+    assert without.size == (4 * wide + 3 * GAP, LABEL + 3 * TILE + 2 * GAP)
 
 
 def test_a_sheet_makes_room_for_short_rows() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from skimage.filters import threshold_otsu
 from small_runs import MEAN, STD, STEP, tiny_model, write_run
 from test_report import parse
@@ -25,16 +24,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
 from dinoreg.visualize.gallery import GAP
 from dinoreg.visualize.norms import TokenNorms, summary, token_norms
-from dinoreg.visualize.pca import (
-    explained_shares,
-    foreground_mask,
-    foreground_of,
-    otsu_threshold,
-    patch_basis,
-    patch_colours,
-    read_basis,
-    write_basis,
-)
+from dinoreg.visualize.pca import foreground_mask, otsu_threshold, patch_basis, patch_colours
 from dinoreg.visualize.subject import open_images, open_subject, picture_size, view_folder
 from dinoreg.weights.architecture import library_of, preprocessing_of
 
@@ -134,7 +124,7 @@ def test_the_foreground_is_found_whichever_way_the_component_points(sign: float)
     inside[1:5, 2:6] = True
     patches = 0.1 * torch.randn(3, 48, 5)
     patches[:, inside.flatten(), 2] += 4 * sign
-    mask = foreground_mask(patches, foreground_of(patches, (6, 8)))
+    mask = foreground_mask(patches, (6, 8))
     assert (mask == inside.flatten()).all()
 
 
@@ -145,41 +135,7 @@ def test_the_shares_of_variance_are_scikit_learns() -> None:
     for count in (5, 40):  # fewer and more patches than the width
         patches = torch.randn(1, count, 9) * torch.linspace(3, 0.2, 9)
         peer = PCA(3).fit(patches[0].double().numpy())
-        assert explained_shares(patches, patch_basis(patches)) == pytest.approx(
-            peer.explained_variance_ratio_, abs=1e-5
-        )
-
-
-def test_a_basis_in_a_file_paints_the_same_colours(tmp_path: Path) -> None:
-    patches = torch.randn(2, 12, 7)
-    basis, split = patch_basis(patches), foreground_of(patches, (3, 4))
-    for foreground in (None, split):
-        write_basis(tmp_path / "b" / "basis.safetensors", basis, foreground, "somewhere")
-        again, found, origin = read_basis(tmp_path / "b" / "basis.safetensors", 7, foreground is not None)
-        assert (patch_colours(patches, again) == patch_colours(patches, basis)).all()
-        assert origin == "somewhere"
-        assert (found is None) == (foreground is None)
-    assert found is not None
-    assert (foreground_mask(patches, found) == foreground_mask(patches, split)).all()
-
-
-def test_a_file_that_is_no_basis_for_this_model_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "basis.safetensors"
-    basis = patch_basis(torch.randn(1, 12, 7))
-    path.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        read_basis(path, 7, False)
-    save_file({"x": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="not a colour basis"):
-        read_basis(path, 7, False)
-    write_basis(path, basis, None, "")
-    with pytest.raises(UserError, match="for a width of 8"):
-        read_basis(path, 8, False)
-    with pytest.raises(UserError, match="fitted with foreground=false"):
-        read_basis(path, 7, True)
-    write_basis(path, basis._replace(low=torch.full((3,), math.nan)), None, "")
-    with pytest.raises(UserError, match="expected finite numbers"):
-        read_basis(path, 7, False)
+        assert patch_basis(patches).explained.tolist() == pytest.approx(peer.explained_variance_ratio_, abs=1e-5)
 
 
 # Norms
@@ -361,48 +317,45 @@ def test_a_view_of_other_images_stands_beside_the_one_before(
     )
 
 
-def test_pca_reuses_a_basis_for_another_checkpoint(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", tiny_model())
-    torch.manual_seed(5)
-    changed = tiny_model()
-    with torch.no_grad():
-        changed.pos_embed += 0.3 * torch.randn_like(changed.pos_embed)
-    second = write_run(tmp_path / "b", changed)
-    basis = tmp_path / "basis.safetensors"
-    arguments = ["images=scenes:count=3,size=32", "size=32", f"basis={basis}"]
-    assert view("pca", f"weights={first}", f"out={tmp_path / 'x'}", *arguments) == 0
-    kept = basis.read_bytes()
-    assert view("pca", f"weights={second}", f"out={tmp_path / 'y'}", *arguments) == 0
-    assert basis.read_bytes() == kept
-    records = [record_of(tmp_path / name / "pca") for name in "xy"]
-    assert [record["basis"] for record in records] == ["a at step 7, 3 images"] * 2
-    assert record_of(tmp_path / "y" / "pca")["weights"] == "b at step 7"
-    for model, name in ((tiny_model(), "x"), (changed, "y")):
-        subject = open_subject(str(tmp_path / ("a" if name == "x" else "b")))
-        source = open_images("scenes:count=3,size=32")
-        pixels = torch.from_numpy(np.stack([source.read(i) for i in range(3)])).permute(0, 3, 1, 2)  # type: ignore[arg-type]
-        shift, scale = (
-            torch.tensor(each)[:, None, None]
-            for each in (subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std)
-        )
-        patches = model((pixels / 255 - shift) / scale).patches.detach()
-        colours = patch_colours(patches, read_basis(basis, 12, False)[0])
-        with Image.open(tmp_path / name / "pca" / "01-scenes-0.png") as picture:
-            drawn = np.asarray(picture)[4::8, 32 + GAP + 4 :: 8, :3]
-        assert (drawn == colours[0].reshape(4, 4, 3)).all()
+def test_pca_paints_each_patch_in_the_colours_of_the_basis_of_all(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", tiny_model())
+    assert view("pca", f"weights={run}", f"out={tmp_path / 'x'}", "images=scenes:count=3,size=32", "size=32") == 0
+    record = record_of(tmp_path / "x" / "pca")
+    assert record["weights"] == "a at step 7"
+    subject = open_subject(str(run))
+    source = open_images("scenes:count=3,size=32")
+    pixels = torch.from_numpy(np.stack([source.read(i) for i in range(3)])).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+    shift, scale = (
+        torch.tensor(each)[:, None, None]
+        for each in (subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std)
+    )
+    patches = tiny_model()((pixels / 255 - shift) / scale).patches.detach()
+    basis = patch_basis(patches)
+    assert record["explained"] == pytest.approx(basis.explained.tolist(), abs=1e-5)
+    with Image.open(tmp_path / "x" / "pca" / "01-scenes-0.png") as picture:
+        drawn = np.asarray(picture)[4::8, 32 + GAP + 4 :: 8, :3].astype(int)
+    assert np.abs(drawn - patch_colours(patches, basis)[0].reshape(4, 4, 3)).max() <= 1
 
 
 def test_pca_of_the_foreground_hides_the_background(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_model())
-    basis = tmp_path / "basis.safetensors"
-    for _ in range(2):  # fitted, then read
-        arguments = (f"out={tmp_path / 'out'}", "num=2", "size=64", "foreground=true", f"basis={basis}")
-        assert view("pca", f"weights={run}", *arguments) == 0
-        with Image.open(next((tmp_path / "out" / "pca").glob("01-*.png"))) as picture:
-            drawn = np.asarray(picture)[4::8, 64 + GAP + 4 :: 8, :3].reshape(-1, 3)
-        hidden = (drawn == (128, 134, 144)).all(axis=1)
-        assert 0 < hidden.sum() < 64
+    assert view("pca", f"weights={run}", f"out={tmp_path / 'out'}", "num=2", "size=64", "foreground=true") == 0
+    with Image.open(next((tmp_path / "out" / "pca").glob("01-*.png"))) as picture:
+        drawn = np.asarray(picture)[4::8, 64 + GAP + 4 :: 8, :3].reshape(-1, 3)
+    hidden = (drawn == (128, 134, 144)).all(axis=1)
+    assert 0 < hidden.sum() < 64
     assert "foreground" in "".join(page_of(tmp_path / "out" / "pca.html").text)
+
+
+def test_patches_that_do_not_differ_have_no_foreground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    run = write_run(tmp_path / "run", model)
+    assert view("pca", f"weights={run}", f"out={tmp_path / 'out'}", "num=2", "size=64", "foreground=true") == 2
+    assert "patches of these images do not differ" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("registers", [0, 8])
@@ -410,10 +363,12 @@ def test_norms_are_drawn_for_every_block(registers: int, tmp_path: Path) -> None
     run = write_run(tmp_path / "run", tiny_model(registers, depth=13))
     assert view("norms", f"weights={run}", "num=2", "size=24", f"out={tmp_path / 'out'}") == 0
     record = record_of(tmp_path / "out" / "norms")
-    assert record["pictures"] == ["maps-blocks0-11.png", "maps-blocks12-12.png", "histograms.png"]
+    assert record["pictures"] == ["maps.png", "histograms.png"]
+    with Image.open(tmp_path / "out" / "norms" / "maps.png") as picture:
+        assert picture.height == 14 * 92 + 13 * GAP  # the images, and below them a row for each block
     assert len(record["blocks"]) == 13
     assert (record["blocks"][0]["registers"] is None) == (registers == 0)
-    assert {"layers", "histograms", "maps", "numbers"} <= page_of(tmp_path / "out" / "norms.html").ids
+    assert {"histograms", "maps", "numbers"} <= page_of(tmp_path / "out" / "norms.html").ids
 
 
 def test_grey_images_and_unreadable_ones_are_no_obstacle(tmp_path: Path) -> None:
@@ -455,9 +410,9 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "view: missing what to view; expected attention, pca, norms, crops"),
-        (["atention", "weights=run"], "view: atention: unknown view; did you mean attention?"),
-        (["attention"], "view attention: weights= is missing"),
+        ([], "view: missing what to view: expected attention, pca, norms, crops"),
+        (["atention", "weights=run"], "view: atention: expected attention, pca, norms, crops; did you mean attention?"),
+        (["attention"], "weights= is missing"),
         (["attention", "weights=random:vitt8_reg4"], "images: missing; name an image"),
         (["attention", "weights=nowhere"], "weights 'nowhere': no such file"),
         (["attention", "weights=torn.pth", "images=scenes"], "weights torn.pth"),
@@ -473,10 +428,9 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         (["attention", "weights=run", "num=0"], "num=0: expected a number of images in"),
         (["attention", "weights=run", "out=torn.jpg"], "out=torn.jpg: torn.jpg is a file"),
         (["attention", "weights=run", "device=tpu"], "device=tpu: expected auto"),
-        (["attention", "weights=run", "foreground=true"], "foreground: unknown key of dinoreg view attention"),
+        (["attention", "weights=run", "foreground=true"], "foreground: unknown key (command line)"),
         (["pca", "weights=run", "layer=all"], "layer=all: expected one block"),
-        (["pca", "weights=run", "basis=torn.jpg"], "basis=torn.jpg: not a whole safetensors file"),
-        (["norms", "weights=run", "more"], "view norms: more: unexpected"),
+        (["norms", "weights=run", "more"], "more: unexpected"),
         (["crops"], "view crops: missing CONFIG"),
         (["crops", "vits14_reg4"], "data: missing; name a folder"),
         (["crops", "quickstart", "data=nowhere"], "data: nowhere does not exist"),

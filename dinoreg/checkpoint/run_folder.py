@@ -114,13 +114,14 @@ class Run:
         seconds = float(np.dot(steps, [number(line.get("step_time")) for line in self.metrics]))
         return seconds if self.metrics and math.isfinite(seconds) else None
 
-    def series(self, key: str, x: str = "step") -> tuple[list[float], list[float]]:
-        """The values of the keys `x` ("step" or "images") and `key` in the lines of metrics.jsonl, then probe.jsonl.
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """The steps and values of a key in the lines of metrics.jsonl, then probe.jsonl; of keys joined by "+" the sum.
 
-        Lines where either is missing or not finite are left out.
+        Lines where a value is missing or not finite are left out.
         """
-        lines = [line for line in self.metrics + self.probe if is_number(line.get(key)) and is_number(line.get(x))]
-        return [float(line[x]) for line in lines], [float(line[key]) for line in lines]
+        keys = key.split("+")
+        lines = [line for line in self.metrics + self.probe if all(is_number(line.get(each)) for each in keys)]
+        return [float(line["step"]) for line in lines], [math.fsum(line[each] for each in keys) for line in lines]
 
     def last(self, key: str) -> float | None:
         """The last finite value of a key of metrics.jsonl or probe.jsonl; None without one."""
@@ -174,7 +175,7 @@ def _probes(folder: Path) -> list[Probe]:
 
 
 def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
-    """The result in `content`, read from `path`, an `eval/<step>/<dataset>.json`; its "value" has to be a number."""
+    """The result in `content`, read from `path`, an `eval/<step>/<dataset>.json`; NaN where its value is no number."""
     baselines = content.get("baselines")
     return Probe(
         step=int(path.parent.name) if path.parent.name.isdigit() else 0,
@@ -191,7 +192,7 @@ def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    value = float(row["value"])
+    value = number(row.get("value"))
     low, high = (float(row[key]) if is_number(row.get(key)) else value for key in ("low", "high"))
     return value, low, high
 

@@ -1,17 +1,27 @@
-"""A verb, and the parsing of its arguments.
+"""A verb, the usual ways to write its arguments, their parsing, and what of them is refused before torch is imported.
 
-Nothing here imports torch, so that help and messages about wrong arguments appear at once.
+Nothing here imports torch, which takes seconds: help and messages about wrong arguments appear at once.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoreg.config.option import Declaration, Options, declarations, read, split_texts
+from dinoreg.config.load import Config
+from dinoreg.config.option import Declaration, Options, declarations, flat, read, split_texts
+from dinoreg.config.overwrite import check_out
+from dinoreg.models.registry import parse_name
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.names import not_there, random_name
 
 T = TypeVar("T")
+VERB_NAMES = {"train": "pretrain", "evaluate": "eval", "plot": "view"}
+_DASHES = re.compile(r"[-\u2013\u2014]+(?=[^\W\d])")  # a text processor makes one of two
+_POINTER = re.compile(r"[/\\](best|last)$")  # of a run, which is no file of it
+_ELSEWHERE = ("WORLD_SIZE", "SLURM_PROCID")  # another process may have begun with the folder already
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,54 @@ class Verb:
         return {key: found for cls in classes for key, found in declarations(cls).items()}
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Spelling
+
+
+def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a verb in the one form that is parsed: words, flags, then key=value.
+
+    Accepted are --key value, --key=value, --some-key, key = value, key= value, a yes-or-no key alone, and a path
+    behind the verb's words, which stands for its `path` key.
+    """
+    rest, switches = list(arguments), {key for key, (hint, _) in verb.keys().items() if hint is bool}
+    words: list[str] = []
+    pairs: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        dashes = _DASHES.match(word)
+        name, equals, value = word[dashes.end() :].partition("=") if dashes else word.partition("=")
+        joins = rest and (not value and not is_key_value(rest[0]) if equals else rest[0].startswith("="))
+        if word in verb.flags:
+            pairs.append(word)
+        elif dashes:
+            name = name.replace("-", "_")
+            is_switch = name in switches and not (rest and rest[0].lower() in ("true", "false"))
+            has_value = rest and not is_switch and not is_key_value(rest[0]) and not _DASHES.match(rest[0])
+            pairs.append(f"{name}={value if equals else rest.pop(0) if has_value else 'true'}")
+        elif joins:  # key = value, key= value
+            rest[0] = f"{word}{rest[0]}"
+        elif is_key_value(word):
+            pairs.append(word)
+        elif word in switches:
+            pairs.append(f"{word}=true")
+        else:
+            words.append(word)
+    return _with_paths(verb, words) + pairs
+
+
+def _with_paths(verb: Verb, words: list[str]) -> list[str]:
+    """The words, those that are paths behind the verb's own as key=value."""
+    own, paths = words[: verb.words], words[verb.words :]
+    if not verb.path or not paths or own == ["crops"] or (own and not all(Path(path).exists() for path in paths)):
+        return words
+    return [*own, f"{verb.path}={','.join(paths)}"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
 def is_key_value(argument: str) -> bool:
     """Whether an argument has the form key=value; an existing path with "=" in it does not count."""
     key = argument.partition("=")[0]
@@ -73,8 +131,7 @@ def read_options(cls: type[T], arguments: Sequence[str], positional: int | None 
     plain, pairs = split_arguments(arguments)
     options, _ = read(cls, pairs)
     if positional is not None and len(plain) > positional:
-        verb = getattr(cls, "_verb", "")
-        raise UserError(f"{verb}: {plain[positional]}: unexpected; see dinoreg {verb} --help")
+        raise UserError(f"{plain[positional]}: unexpected; expected key=value")
     return plain, options
 
 
@@ -104,3 +161,45 @@ def config_and_options(verb: str, cls: type[T], arguments: Sequence[str]) -> tup
     """
     own, rest = split_texts(cls, arguments)
     return *source_and_overrides(verb, rest), read_options(cls, own)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Early refusals
+
+
+def check_early(parsed: tuple[Any, ...]) -> None:
+    """UserError, in the words of what would refuse it later, for sources, weights and folders among parsed arguments.
+
+    parsed  arguments of a verb's function, of which `given_by` takes the values
+    """
+    alone = not any(name in os.environ for name in _ELSEWHERE)  # else the processes agree first, and one speaks
+    for each in parsed if alone else ():
+        given = given_by(each)
+        for key in ("data", "images", "data.source"):
+            if isinstance(given.get(key), (str, os.PathLike, list, tuple)):  # `images` may also be a number of them
+                from dinoreg.data.open import check_source
+
+                check_source(given[key], key.partition(".")[0])
+        for key in ("weights", "init", "distill", "public"):
+            check_weights(given.get(key) or ())
+        if isinstance(each, Config) and each.out:
+            check_out(each, Path(each.out))
+
+
+def given_by(parsed: Any) -> Mapping[str, Any]:
+    """The values by key of a class of options, of what has `.options`, or a mapping; {} of anything else."""
+    options = getattr(parsed, "options", parsed)
+    return flat(options) if isinstance(options, Options) else options if isinstance(options, Mapping) else {}
+
+
+def check_weights(weights: Any) -> None:
+    """UserError for what is neither a path nor random:NAME or timm:NAME; several stand in a tuple or with commas."""
+    if not isinstance(weights, str):
+        for each in weights:
+            check_weights(each)
+    elif (name := random_name(weights)) is not None and "," not in name:
+        parse_name(name)
+    elif "," in weights and not os.path.exists(weights):
+        check_weights(weights.split(","))
+    elif not (weights.startswith("timm:") or os.path.exists(_POINTER.sub("", weights))):
+        raise not_there(weights)

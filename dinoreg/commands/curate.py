@@ -49,9 +49,6 @@ class Curation(WithPage):
     root: str
     record: dict[str, Any]
 
-    def __repr__(self) -> str:
-        return f"<curation: {self.record['kept']:,} of {self.record['images']:,} images, {self.list}>"
-
 
 def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
     """Curate images by their features; the same as `dinoreg curate features=… out=… key=value …`.
@@ -100,13 +97,10 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
         **{key: getattr(given, key) for key in ("threshold", "balance", "seed")},
     }
     largest = [row for row in np.argsort(-groups, kind="stable")[:ROWS] if groups[row] > 1]
-    drawings = {
-        "same": _sheet(gallery, "same", source, [np.flatnonzero(first == row) for row in largest]),
-        "rare": _sheet(gallery, "rare", source, [np.flatnonzero(kept & (clusters == each)) for each in order[:ROWS]]),
-        "common": _sheet(
-            gallery, "common", source, [np.flatnonzero(kept & (clusters == each)) for each in order[: -ROWS - 1 : -1]]
-        ),
-    }
+    ends = {"rare": order[:ROWS], "common": order[: -ROWS - 1 : -1]}
+    pictured = {"same": [np.flatnonzero(first == row) for row in largest]}
+    pictured |= {end: [np.flatnonzero(kept & (clusters == each)) for each in some] for end, some in ends.items()}
+    drawings = {stem: _sheet(gallery, stem, source, each) for stem, each in pictured.items()}
     page = gallery.write_page(f"Curation of {path.name}", record, "commands", **record, **drawings)
     return Curation(page, gallery.out / LIST, root, record)
 

@@ -3,19 +3,23 @@
 Nothing here needs a working PyTorch, since an installation that cannot be imported is a case to diagnose.
 """
 
+from __future__ import annotations
+
 import errno
 import importlib
 import os
 import re
-from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
-from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
+from dinoreg.runtime.environment import busy, environment, version
 from dinoreg.runtime.errors import RunError, one_line
-from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import read_json_lines, read_text
 from dinoreg.runtime.printable import printable
+
+if TYPE_CHECKING:
+    from dinoreg.checkpoint.run_folder import Run
 
 # Importing one of these takes seconds: only its installation is checked.
 SLOW_IMPORTS = ("timm", "transformers", "wandb", "mlflow-skinny")
@@ -61,7 +65,7 @@ def _machine_rows(machine: dict[str, Any]) -> list[Row]:
     bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[machine["cpu_bf16"]]
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
     cores = f"{machine['cores']} of {os.cpu_count()} cores usable"
-    rows = [
+    return [
         ("dinoreg", "ok", f"{machine['dinoreg']}{commit}"),
         ("python", "ok", f"{machine['python']} ({machine['executable']})"),
         ("system", "", machine["platform"]),
@@ -69,10 +73,6 @@ def _machine_rows(machine: dict[str, Any]) -> list[Row]:
         ("memory", "", f"{machine['memory_gib']} GiB, {machine['free_memory_gib']} GiB free for this process"),
         ("free disk", "problem" if machine["free_disk_gib"] < 1 else "", f"{machine['free_disk_gib']} GiB here"),
     ]
-    malloc = {name: value for name, value in machine["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
-    shown = ", ".join(f"{name}={value}" for name, value in malloc.items())
-    rows.append(("allocator", "", shown or "freed memory is kept by runs on the CPU (DINOREG_MALLOC=0 turns it off)"))
-    return rows
 
 
 def _package_rows(machine: dict[str, Any]) -> list[Row]:
@@ -82,28 +82,24 @@ def _package_rows(machine: dict[str, Any]) -> list[Row]:
 
 def _optional_rows() -> list[Row]:
     optional = [row for row in DEPENDENCIES if row.extra not in ("core", "docs", "test")]
-    absent = [row.name for row in DEPENDENCIES if row.extra in ("docs", "test") and version(row.name) is None]
-    tests = ("missing", f"{', '.join(absent)}: {install(absent[0])}") if absent else ("ok", "everything that they need")
-    return [*((row.name, *_package(row, version(row.name))) for row in optional), ("the tests", *tests)]
+    return [(row.name, *_package(row, version(row.name))) for row in optional]
 
 
 def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
     """Mark and text: whether the package is installed and can be imported; of xformers, whether its kernels load."""
-    through_torch = "attention runs through PyTorch (same numbers)"
-    if installed is None and row.name == "xformers":
-        return "missing", through_torch
-    if installed is None and row.extra == "core":
-        return "problem", f"not installed: {install(row.name)}"
-    if installed is None:
-        return "missing", f"for {row.purpose}: {install(row.name)}"
     purpose = "" if row.extra == "core" else f", for {row.purpose}"
-    if row.name in SLOW_IMPORTS:
+    mark = "missing" if installed is None and purpose else "problem"
+    if installed is None:
+        found = f"not installed{purpose}: {install(row.name)}"
+    elif row.name in SLOW_IMPORTS:
         return "ok", f"{installed} (not tried: its import takes seconds){purpose}"
-    problem = _problem(row)
+    elif problem := _problem(row):
+        found = f"{installed}: {problem}{purpose}"
+    else:
+        return "ok", f"{installed}{purpose}"
     if row.name == "xformers":  # without which everything works
-        loads = f"{installed}, its kernels load"
-        return ("missing", f"{installed} does not load ({problem}): {through_torch}") if problem else ("ok", loads)
-    return ("problem", f"{installed}: {problem}{purpose}") if problem else ("ok", f"{installed}{purpose}")
+        return "missing", f"{found}; attention runs through PyTorch (same numbers)"
+    return mark, found
 
 
 def _problem(row: Dependency) -> str | None:
@@ -127,13 +123,11 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
         rows.append((f"cuda:{index}", "ok", f"{device['name']}, {size}, {bf16}"))
     if not rows:
         rows.append(("cuda", "missing", "no CUDA device: runs use the CPU (everything works, slowly)"))
-    attention = machine["attention"]
-    if attention is None:
+    if (attention := machine["attention"]) is None:
         return [*rows, ("attention", "", "runs through PyTorch; xformers' kernels need CUDA")]
     through, reason = f"runs through {attention['backend']}", attention["reason"]
-    if reason is None:
-        return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
-    return [*rows, ("attention", "missing", f"{through} (same numbers); {reason}")]
+    found = ("missing", f"{through} (same numbers); {reason}") if reason else ("ok", f"{through}: tried both ways")
+    return [*rows, ("attention", *found)]
 
 
 # What PyTorch, the C++ library and the system say.
@@ -170,51 +164,61 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def explain_error(error: BaseException, hint: str = "") -> str:
+    """One line about an error: a known cause with its remedy, or a file and why; else type, text and `hint`."""
+    if known := explain(error):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {one_line(error)}{hint}"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
 
-def examine_run(run: Path) -> list[Section]:
+def examine_run(folder: Path) -> list[Section]:
     """The sections on a run's progress, checkpoints, health events and unreadable images."""
+    from dinoreg.checkpoint.run_folder import Run
+
+    run = Run(folder)
     return [
-        (f"run {run}", _progress_rows(run)),
-        ("checkpoints", _checkpoint_rows(run)),
+        (f"run {folder}", _progress_rows(run)),
+        ("checkpoints", _checkpoint_rows(folder)),
         ("health", _health_rows(run)),
         ("images", _image_rows(run)),
     ]
 
 
-def _progress_rows(run: Path) -> list[Row]:
+def _progress_rows(run: Run) -> list[Row]:
     from dinoreg.checkpoint.steps import dense_in_words, probe_in_words, which_steps
 
-    lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
-    last = (lines or [{}])[-1]
+    log = read_text(run.folder / "train.log")
     rows = [("state", *_state(run))]
-    if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
+    if header := re.findall(r" I (.+ M parameters, .+)$", log, re.MULTILINE):
         rows.append(("started as", "", header[-1]))  # with device, attention and images
-    if last:
-        loss = "loss" if "loss" in last else "total_loss"  # of an older run
-        known = [name for name in ("step", loss, "images_per_second", "data_time", "step_time") if name in last]
+    if run.metrics:
+        last = run.metrics[-1]
+        known = [name for name in ("step", "loss", "images_per_second", "data_time", "step_time") if name in last]
         told = (f"{last[name]:.4g}" if isinstance(last[name], float) else last[name] for name in known)
         rows.append(("last line", "", ", ".join(f"{name} {value}" for name, value in zip(known, told))))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
-    if probes := read_json_lines(run / "probe.jsonl"):
-        rows.append(("last probe", "", f"step {probes[-1].get('step')}, {probe_in_words(probes[-1])}"))
-        rows += [("its patches", "", text) for text in [dense_in_words(probes[-1])] if text]
-    rows.append(("weights", "", which_steps(run)))
-    if status.get("phase") != "finished":
-        rows += _resource_rows(run, last)
-    if failure := _last_traceback(run / "train.log"):
-        rows.append(("failure", "problem", f"{failure} (traceback in {run / 'train.log'})"))
+    if run.probe:
+        rows.append(("last probe", "", f"step {run.probe[-1]['step']}, {probe_in_words(run.probe[-1])}"))
+        rows += [("its patches", "", text) for text in [dense_in_words(run.probe[-1])] if text]
+    rows.append(("weights", "", which_steps(run.folder)))
+    last_line = log.splitlines()[-1] if "Traceback (most recent call last)" in log else ""
+    if last_line[:1].isalpha():  # nothing was logged after it
+        rows.append(("failure", "problem", f"{last_line} (traceback in {run.folder / 'train.log'})"))
     return rows
 
 
-def _state(run: Path) -> tuple[str, str]:
+def _state(run: Run) -> tuple[str, str]:
     """Mark and text: how the run stands, and how to go on."""
-    from dinoreg.checkpoint.run_folder import MARKS, Run, RunState
+    from dinoreg.checkpoint.run_folder import MARKS, RunState
 
-    state = RunState(Run(run))
+    state = RunState(run)
     whole, saved = state.num_steps or "?", f"saved at {state.saved}" if state.saved else "nothing saved"
     if state.phase == "finished":
         return "ok", f"finished: {state.saved} of {whole} steps"
@@ -222,23 +226,8 @@ def _state(run: Path) -> tuple[str, str]:
     if state.phase == "running":
         return "running", f"{where} ({state.reason})"
     unsure = ", if it has ended" if state.phase == "unseen" else ""
-    return MARKS[state.phase], f"{state.in_words} at {where}: resume with dinoreg pretrain {run} resume=true{unsure}"
-
-
-def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
-    """Whether memory (of a run on the CPU) and disk are free for what the run has used so far."""
-    rows: list[Row] = []
-    on_cpu = re.search(r"^device: cuda", read_text(run / "config.yaml"), re.MULTILINE) is None
-    needs, free = last.get("max_memory"), free_memory()
-    if on_cpu and needs and is_number(needs) and free and not read_json(run / "environment.json").get("cuda"):
-        mark = "problem" if needs > free else "ok"
-        rows.append(("memory", mark, f"{needs / 2**30:.1f} GiB at its peak, {free / 2**30:.1f} GiB are free now"))
-    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]
-    if sizes:
-        disk, needed = free_disk_gib(run), 2 * max(sizes) / 2**30
-        text = f"{disk} GiB are free; a checkpoint takes {max(sizes) / 1e6:,.1f} MB, beside those it replaces"
-        rows.append(("disk", "problem" if disk < needed else "ok", text))
-    return rows
+    resume = f"resume with dinoreg pretrain {run.folder} resume=true{unsure}"
+    return MARKS[state.phase], f"{state.in_words} at {where}: {resume}"
 
 
 def _checkpoint_rows(run: Path) -> list[Row]:
@@ -264,30 +253,22 @@ def _checkpoint_rows(run: Path) -> list[Row]:
     return rows or [("none", "missing", "nothing was saved yet; resuming starts at step 0")]
 
 
-def _health_rows(run: Path) -> list[Row]:
-    events = read_json_lines(run / "health" / "events.jsonl")
-    counts = Counter(str(event.get("name", "event")) for event in events)
+def _health_rows(run: Run) -> list[Row]:
+    names = [str(event.get("name", "event")) for event in run.events]
     rows = []
-    for name, event in {str(event.get("name", "event")): event for event in events}.items():
-        times = f" ({counts[name]} times)" if counts[name] > 1 else ""
+    for name, event in dict(zip(names, run.events)).items():
+        times = f" ({names.count(name)} times)" if names.count(name) > 1 else ""
         text = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
         rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {text}"))
-    if rejected := read_json_lines(run / "health" / "nonfinite.jsonl"):
+    if rejected := read_json_lines(run.folder / "health" / "nonfinite.jsonl"):
         steps = ", ".join(str(line.get("step")) for line in rejected[-5:])
         rows.append(("non-finite steps", "problem", f"{len(rejected)} were left out, the last at {steps}"))
     return rows or [("events", "ok", "none")]
 
 
-def _image_rows(run: Path) -> list[Row]:
-    skipped = read_json_lines(run / "skipped.jsonl")
-    if not skipped:
+def _image_rows(run: Run) -> list[Row]:
+    if not run.skipped:
         return [("unreadable", "ok", "none met")]
-    first = [("", "", f"{line.get('name')}: {line.get('reason')}") for line in skipped[:5]]
-    return [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}"), *first]
-
-
-def _last_traceback(path: Path) -> str | None:
-    """The last line of the last traceback in a log, if nothing was logged after it."""
-    lines = read_text(path).splitlines()
-    failed = any(line.startswith("Traceback (most recent call last)") for line in lines)
-    return lines[-1] if failed and lines[-1][:1].isalpha() else None
+    first = [("", "", f"{line.get('name')}: {line.get('reason')}") for line in run.skipped[:5]]
+    listing = run.folder / "skipped.jsonl"
+    return [("unreadable", "problem", f"{len(run.skipped)} skipped, listed in {listing}"), *first]

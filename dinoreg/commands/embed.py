@@ -6,7 +6,6 @@ left out, counted and listed beside the output.
 
 import contextlib
 import math
-import os
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -32,9 +31,8 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
-from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.parallel import parallel, show_progress
 from dinoreg.runtime.printable import multiples, print_status
-from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.subject import open_images
 
 
@@ -84,7 +82,7 @@ def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | N
     with contextlib.suppress(UserError):  # it holds no classes, or is something else
         found = read_labelled(str(options.data), root=options.root, columns=options.columns)
         if found.labels.ndim == 1:
-            known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
+            known = {found.source.name(row): label for row, label in enumerate(found.labels)}
             return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
     return None, []
 

@@ -26,6 +26,7 @@ from dinoreg.runtime.device import keep_freed_memory
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
+from dinoreg.visualize.subject import safe_name
 
 
 def evaluate_command(names: str, request: Request) -> None:
@@ -97,9 +98,7 @@ def report_results(folder: Path) -> Path:
 
 def paired_with(folder: Path) -> list[dict[str, Any]]:
     """The results in OUT/eval/STEP and its other steps against one another on the same images (`between`)."""
-    paths = sorted(
-        folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
-    )
+    paths = sorted(folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path))
     results = [result for path in paths if (result := read_result(path)) is not None]
     return between([(str(result.facts.get("weights", {}).get("name")), result) for result in results])
 
@@ -118,14 +117,9 @@ def _not_evaluated(folder: Path) -> list[str]:
 
 def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str]]:
     """The plans of the datasets, and problems of others; UserError when a named dataset, or all, cannot be measured."""
-    everything = names == "all"
-    chosen = choose(split_names(names), request)
-    plans, problems = preflight(chosen, request)
-    if problems and not (everything and plans):
+    plans, problems = preflight(choose(split_names(names), request), request)
+    if problems and not (names == "all" and plans):
         *lines, last = problems.values()
-        if everything:
-            lines.append(last)
-            last = f"eval all: none of the {len(problems)} datasets can be read below root={request.options.root}"
         print_status(*(f"dinoreg: {line}" for line in lines))
         raise UserError(last)
     if not plans:
@@ -161,8 +155,7 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
 
 def folder_name(encoder: Encoder) -> str:
     """An encoder's name and identity as the name of a folder."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder.name).strip("-")
-    return f"{safe[:60]}-{encoder.identity[:8]}"
+    return f"{safe_name(encoder.name)}-{encoder.identity[:8]}"
 
 
 def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: Path) -> list[str]:

@@ -1,12 +1,13 @@
 """`dinoreg export` and `dinoreg.export`: a model for another library, on request with a test-time register added."""
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dinoreg.commands.options import ExportOptions, RegistersOptions
 from dinoreg.commands.registers import read_pictures
+from dinoreg.config.option import read
 from dinoreg.data.open import is_scenes
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.export.certificate import summary
@@ -21,35 +22,28 @@ from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.printable import print_status, printable
 
 
-def export(
-    weights: str | Path,
-    format: str,
-    out: str | Path,
-    size: int | Sequence[int] | None = None,
-    channels: Sequence[int] | None = None,
-    registers: str | None = None,
-    images: str | Path | None = None,
-) -> Path:
+def export(weights: str | Path, format: str, out: str | Path, **options: Any) -> Path:
     """Write a model for another library, with a certificate that this library computes the same, and a model card.
 
-    weights    a run folder, a weight file or random:NAME, as for `dinoreg.load`
-    format     "timm" | "transformers" | "meta" | "safetensors" | "onnx"
-    out        the folder to write; it must not exist, or be empty
-    size       height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then
-               takes this size only; without it, any. None: the model's native size
-    channels   indices from 0 of those that the exported model shall take, see `dinoreg.select_channels`; None: all
-    registers  "test_time": a model that was trained without any gets a token that takes over the outliers' norm in
-               `images` (arXiv 2506.08010). Not for timm and transformers, whose code cannot do this
-    images     a folder, a list of paths, or scenes, with `registers` alone
-    returns    the folder
-    raises     UserError for a wrong argument, a missing library, or images without outliers, before anything is
-               written; RunError if the library cannot load what was written or differs from the source above the bound,
-               or over a tenth of the outliers stay: then nothing is left in `out`
+    weights  a run folder, a weight file or random:NAME, as for `dinoreg.load`
+    format   "timm" | "transformers" | "meta" | "safetensors" | "onnx"
+    out      the folder to write; it must not exist, or be empty
+    options  size=224 or (height, width): positions are resampled to it beforehand. An ONNX graph then takes this size
+             only; without it, any. channels=[0, 2]: those that the exported model shall take, see
+             `dinoreg.select_channels`. registers="test_time": a model that was trained without any gets a token that
+             takes over the outliers' norm in images="photos/", a folder, a list of paths, or scenes (arXiv 2506.08010);
+             not for timm and transformers, whose code cannot do this
+    returns  the folder
+    raises   UserError for a wrong argument, a missing library, or images without outliers, before anything is written;
+             RunError if the library cannot load what was written or differs from the source above the bound, or over a
+             tenth of the outliers stay: then nothing is left in `out`
     """
-    if (registers, images is None) not in ((None, True), ("test_time", False)):
-        raise UserError(f"registers={registers} images={images}: expected test_time and a folder, or neither")
-    added = partial(_with_register, images=str(images)) if registers else None
-    return write(weights, format, out, size, channels, added)
+    given, _ = read(ExportOptions, {"weights": weights, "format": format, "out": out, **options})
+    if (given.registers, given.images is None) not in ((None, True), ("test_time", False)):
+        said = f"registers={given.registers} images={given.images}"
+        raise UserError(f"{said}: expected test_time and a folder, or neither")
+    added = partial(_with_register, images=str(given.images)) if given.registers else None
+    return write(given.weights, given.format, given.out, given.size, given.channels, added)
 
 
 def export_command(options: ExportOptions) -> None:

@@ -19,9 +19,8 @@ from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.guide import Verbatim, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.parallel import parallel, show_progress
 from dinoreg.runtime.printable import listed, print_status
-from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
 SMALL_BATCH = 64  # of configs/small.yaml
@@ -80,14 +79,8 @@ def _say_next(data: str | list[str], images: int, reading: Verbatim, side: int |
     if (batch := batch_for(images)) < SMALL_BATCH:
         more.append(f"batch_size={batch}")
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
-    values = {
-        "data": data,
-        "stem": name,
-        "folder": f"{name}-{side}",
-        "more": Verbatim(" ".join(more)),
-        "reading": reading,
-    }
-    print_status(*next_lines("inspected", {**values, "config": config_for(images)}, case))
+    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "config": config_for(images), "reading": reading}
+    print_status(*next_lines("inspected", {**values, "more": Verbatim(" ".join(more))}, case))
 
 
 def prepare(options: InspectOptions) -> Path:
@@ -102,13 +95,11 @@ def prepare(options: InspectOptions) -> Path:
     root, target = Path(os.path.abspath(os.path.expanduser(str(options.data)))), Path(str(options.prepare))
     settings = {"data": str(root), "side": options.side, "longest": options.longest}
     is_full = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    has_truths = any((root / name).is_dir() for name in ("masks", "depth"))
     for wrong, why in (
         (not root.is_dir(), "data= has to be one folder"),
         (root in (target.absolute(), *target.absolute().parents), f"lies in data={options.data}"),
-        (
-            any((root / name).is_dir() for name in ("masks", "depth")),
-            f"{root} holds masks or depth, which it would spoil",
-        ),
+        (has_truths, f"{root} holds masks or depth, which it would spoil"),
         (is_full and read_json(target / SETTINGS) != settings, "not empty, and not prepared with these options"),
     ):
         if wrong:

@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
+from dinoreg.commands.early import check_early
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.jobs import control, status
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.jobs.records import read_records
+from dinoreg.jobs.slurm import outside_job
 from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import pointed_step
@@ -56,7 +58,9 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
     try:
         folder, records = launch(job, request, run_verb, _say)
     except UserError as error:
-        raise _with_hint(error, overrides) from None
+        key, unknown, _ = str(error).partition(": unknown key")
+        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75) if unknown else []
+        raise UserError(f"{key}: unknown key; did you mean {close[0]}?") if close else error from None
     if options.dry_run:
         return
     for group in dict.fromkeys(record.group for record in records):
@@ -73,21 +77,12 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """UserError for a command line, from the verb on, that its verb would refuse; nothing is started."""
+    """UserError for a command line, from the verb on, that its verb would refuse at once; nothing is started."""
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(VERBS)}")
-    VERBS[verb].parse(rest)
-
-
-def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
-    """The error about an unknown key of the command, with the similar key of the job, if there is one."""
-    text = str(error)
-    for key in (item.partition("=")[0] for item in overrides):
-        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75)
-        if close and text.startswith(f"{key}: unknown key") and f"did you mean {key}" not in text:
-            return UserError(f"{key}: unknown key; did you mean {close[0]}? (dinoreg launch --help lists all)")
-    return error
+    with outside_job():
+        check_early(VERBS[verb].parse(rest))
 
 
 def _act(name: str, arguments: Sequence[str]) -> None:

@@ -12,16 +12,17 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from dinoreg import __version__
+from dinoreg.commands.arguments import VERB_NAMES, canonical
 from dinoreg.commands.completion import candidates
-from dinoreg.commands.failures import explain_error
+from dinoreg.commands.doctor import explain_error
 from dinoreg.commands.help import overview, verb_help
 from dinoreg.commands.registry import VERBS, run_verb
-from dinoreg.commands.spelling import VERB_NAMES, canonical, corrected
 from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.commands.watch import watch
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
@@ -38,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "WORLD_SIZE" in os.environ:  # DDP and the store print expected warnings once per process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return _dispatch(arguments)
+        _dispatch(arguments)
+        return OK
     except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            print_status(f"dinoreg: {corrected(error, arguments)}")
+            print_status(f"dinoreg: {one_line(error)}")
         if isinstance(error, Interrupted):
             return 128 + error.signal_number
         return REFUSED if isinstance(error, UserError) else FAILED
@@ -49,11 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_status("dinoreg: interrupted")
         return INTERRUPTED
     except Exception as error:
-        debugging = os.environ.get("DINOREG_DEBUG") == "1"
-        if debugging:
+        if os.environ.get("DINOREG_DEBUG") == "1":
             traceback.print_exc()
-        hint = "" if debugging else " (DINOREG_DEBUG=1 shows the traceback)"
-        print_status(f"dinoreg: {explain_error(error, hint)}")
+        print_status(f"dinoreg: {explain_error(error, ' (DINOREG_DEBUG=1 shows the traceback)')}")
         return FAILED
 
 
@@ -89,24 +89,18 @@ def script(declaration: Any, verb: str = "eval") -> NoReturn:
     entry()
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview(VERBS))
-        return OK
-    if arguments[0] in ("--version", "-V", "version"):
-        from dinoreg import __version__
-
-        print(f"dinoreg {__version__}")
-        return OK
-    name, *rest = arguments
+def _dispatch(arguments: list[str]) -> None:
+    name, *rest = arguments or ["help"]
     name = VERB_NAMES.get(name, name)
-    if name == "completion" and rest[:1] == ["words"]:
+    if name in ("-h", "--help", "help"):
+        print(overview(VERBS))
+    elif name in ("-V", "--version", "version"):
+        print(f"dinoreg {__version__}")
+    elif name == "completion" and rest[:1] == ["words"]:
         print("\n".join(candidates(VERBS, rest[1:])))
-        return OK
-    if name not in VERBS:
+    elif name not in VERBS:
         raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
-    if any(argument in ("-h", "--help") for argument in rest):
+    elif any(argument in ("-h", "--help") for argument in rest):
         print(verb_help(VERBS[name], rest))
-        return OK
-    run_verb(name, canonical(VERBS[name], rest))
-    return OK
+    else:
+        run_verb(name, canonical(VERBS[name], rest))

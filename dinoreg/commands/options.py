@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.option import REQUIRED, Options, check, dotted, nearest, option, output, read
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE
+from dinoreg.config.schema import COLUMNS, DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
 from dinoreg.runtime.errors import UserError
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
-COLUMNS = "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,8 @@ class NoOptions(Options):
     """The options of a command without keys."""
 
 
-class DoctorOptions(NoOptions, verb="doctor"):
-    """`dinoreg doctor` has no keys."""
-
-
-class RunsOptions(NoOptions, verb="runs"):
-    """`dinoreg runs` has no keys."""
-
-
 @dataclass(frozen=True)
-class QuickstartOptions(Options, verb="quickstart"):
+class QuickstartOptions(Options):
     """The run of `dinoreg quickstart`."""
 
     out: str | None = output(None, "the run folder; none: runs/quickstart")
@@ -42,14 +33,14 @@ class QuickstartOptions(Options, verb="quickstart"):
 
 
 @dataclass(frozen=True)
-class ReportOptions(Options, verb="report"):
+class ReportOptions(Options):
     """Where `dinoreg report` writes."""
 
     out: str | None = output(None, "the HTML file; none: report.html, in the run's folder if it is one run")
 
 
 @dataclass(frozen=True)
-class InspectOptions(Options, verb="inspect"):
+class InspectOptions(Options):
     """The images that `dinoreg inspect` examines."""
 
     data: str | list[str] = option(REQUIRED, "a folder of images, [several], a list of paths, or scenes")
@@ -64,7 +55,7 @@ class InspectOptions(Options, verb="inspect"):
 
 
 @dataclass(frozen=True)
-class ExportOptions(Options, verb="export"):
+class ExportOptions(Options):
     """The weights that `dinoreg export` writes for another library, and their format."""
 
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
@@ -77,7 +68,7 @@ class ExportOptions(Options, verb="export"):
 
 
 @dataclass(frozen=True)
-class VerdictOptions(SharedOptions, verb="verdict"):
+class VerdictOptions(SharedOptions):
     """The weights that `dinoreg verdict` compares, and where it writes."""
 
     weights: str = option(REQUIRED, "your own, as weights= of eval: a run, RUN/best, a weight file")
@@ -95,7 +86,7 @@ def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictO
 
 
 @dataclass(frozen=True)
-class EmbedOptions(Options, verb="embed"):
+class EmbedOptions(Options):
     """The images, the model and the feature file of `dinoreg embed`."""
 
     data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
@@ -115,7 +106,7 @@ class EmbedOptions(Options, verb="embed"):
 
 
 @dataclass(frozen=True)
-class CurateOptions(Options, verb="curate"):
+class CurateOptions(Options):
     """The features that `dinoreg curate` judges a set of images by, and how."""
 
     features: str = option(REQUIRED, "a file that `dinoreg embed` wrote, .safetensors or .parquet")
@@ -128,7 +119,7 @@ class CurateOptions(Options, verb="curate"):
 
 
 @dataclass(frozen=True)
-class RegistersOptions(Options, verb="registers"):
+class RegistersOptions(Options):
     """The models and images that `dinoreg registers` compares, and its experiments."""
 
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
@@ -142,8 +133,7 @@ class RegistersOptions(Options, verb="registers"):
     seed: int = option(0, "of the probes' split, of patches drawn and of noise", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         check(bool(self.models) and all(self.models), "weights", self.weights, "names with one comma between them")
 
     @property
@@ -155,7 +145,7 @@ class RegistersOptions(Options, verb="registers"):
 
 
 @dataclass(frozen=True)
-class ViewOptions(Options, verb="view"):
+class ViewOptions(Options):
     """The model and images of every `dinoreg view` that needs weights."""
 
     weights: str = option(REQUIRED, "a run folder, a weight file, or random:NAME")
@@ -168,7 +158,7 @@ class ViewOptions(Options, verb="view"):
 
 
 @dataclass(frozen=True)
-class AttentionOptions(ViewOptions, verb="view attention"):
+class AttentionOptions(ViewOptions):
     """The blocks and heads of `dinoreg view attention`."""
 
     layer: str = option("-1", "blocks, as 11 or 0,5,11 or all; -1 is the last")
@@ -176,41 +166,32 @@ class AttentionOptions(ViewOptions, verb="view attention"):
 
 
 @dataclass(frozen=True)
-class PcaOptions(ViewOptions, verb="view pca"):
-    """The block and the colour basis of `dinoreg view pca`."""
+class PcaOptions(ViewOptions):
+    """The block of `dinoreg view pca`, and whether the foreground is set apart."""
 
     layer: str = option("-1", "the block; -1 is the last")
     foreground: bool = option(False, "set the foreground apart, and fit the colours on it alone")
-    basis: str | None = option(None, "file of a colour basis, used where it is there, else written")
-
-
-class NormsOptions(ViewOptions, verb="view norms"):
-    """`dinoreg view norms` has no keys beyond those of every view."""
 
 
 @dataclass(frozen=True)
-class CropsOptions(Options, verb="view crops"):
+class CropsOptions(Options):
     """The output of `dinoreg view crops`; its other keys are those of the config."""
 
     out: str | None = output(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int = option(8, "at most", unit="image", low=1, high=10_000)
 
 
-VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
+VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": ViewOptions, "crops": CropsOptions}
 
 
 def check_view(kind: str) -> None:
     """UserError for what is none of VIEWS."""
     if kind not in VIEWS:
-        raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEWS)}; expected {', '.join(VIEWS)}")
-
-
-class StatusOptions(NoOptions, verb="launch status"):
-    """`dinoreg launch status` has no keys."""
+        raise UserError(f"view: {kind or 'missing what to view'}: expected {', '.join(VIEWS)}{nearest(kind, VIEWS)}")
 
 
 @dataclass(frozen=True)
-class LogsOptions(Options, verb="launch logs"):
+class LogsOptions(Options):
     """The job whose log `dinoreg launch logs` prints, and how much of it."""
 
     job: str | None = option(None, "its number; none: one that runs, else one that failed, else the last")
@@ -220,7 +201,7 @@ class LogsOptions(Options, verb="launch logs"):
 
 
 @dataclass(frozen=True)
-class CancelOptions(Options, verb="launch cancel"):
+class CancelOptions(Options):
     """The jobs that `dinoreg launch cancel` ends, and how."""
 
     job: str | None = option(None, "its number; none: all of the launch")
@@ -228,4 +209,4 @@ class CancelOptions(Options, verb="launch cancel"):
 
 
 # The actions on submitted jobs, and the keys of each.
-ACTIONS: Kinds = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}
+ACTIONS: Kinds = {"status": NoOptions, "logs": LogsOptions, "cancel": CancelOptions}

@@ -4,6 +4,7 @@ A backbone without registers in which outliers are found is measured a second ti
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,10 +53,6 @@ class RegisterReport(WithPage):
         """{model: its figures in words}"""
         return {each.record["name"]: judge(each.record) for each in self.measured}
 
-    def __repr__(self) -> str:
-        said = "; ".join(f"{name}: {words.headline}" for name, words in self.verdicts.items())
-        return f"<registers on {self.measured[0].record['images']:,} images: {said}>"
-
 
 def registers(weights: str | Path | Sequence[str], images: str | Path, **options: Any) -> RegisterReport:
     """What registers do in one model or several; the same as `dinoreg registers weights=… images=… key=value …`.
@@ -94,7 +91,7 @@ def _report(options: RegistersOptions) -> RegisterReport:
     if subjects[0].own is not subjects[0].encoder:  # a probe would learn and test one picture in two channels
         pictures = Pictures(pictures.images.flatten(0, 1).unsqueeze(1), None, 0, None, f"{pictures.source}, by channel")
     measured: list[Measured] = []
-    for encoder in _encoders(subjects):
+    for encoder in encoders_of(subjects):
         first = measure(encoder, pictures, options.seed)
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
@@ -124,7 +121,7 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
     if options.labels and Path(options.images).expanduser().is_dir():
         with suppress(UserError):  # fewer than two subfolders: images without classes
             found = read_labelled(options.images)
-            source, labels, names = found.source(), found.labels, found.class_names
+            source, labels, names = found.source, found.labels, found.class_names
     source.value_range = preprocessing.value_range
     crops, skipped = crops_of(source, preprocessing, options.num_images)
     if len(crops) < 2:
@@ -165,12 +162,14 @@ def common_size(subjects: Sequence[Opened], size: int | None) -> int:
     return size
 
 
-def _encoders(subjects: Sequence[Opened]) -> list[NativeEncoder]:
+def encoders_of(subjects: Sequence[Opened]) -> list[NativeEncoder]:
     """Encoders with distinct names: of models that share one, the number of registers is added, then a number."""
-    names: list[str] = []
+    shared, seen = Counter(subject.name for subject in subjects), Counter[str]()
+    encoders = []
     for subject in subjects:
-        name = subject.name
-        if sum(other.name == name for other in subjects) > 1:
-            name = f"{name}, {subject.model.num_registers} registers"
-        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    return [NativeEncoder(s.model, n, s.own.preprocessing, s.own.device) for s, n in zip(subjects, names)]
+        name, own = subject.name, subject.own
+        name = name if shared[name] == 1 else f"{name}, {subject.model.num_registers} registers"
+        seen[name] += 1
+        name = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        encoders.append(NativeEncoder(own.module, name, own.preprocessing, own.device))
+    return encoders

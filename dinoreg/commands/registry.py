@@ -1,26 +1,37 @@
 """The verbs of the command line: the arguments of each, and the function that does its work."""
 
 import importlib
+import os
 import shlex
-from collections.abc import Callable
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dinoreg.commands import options as keys
-from dinoreg.commands.arguments import Verb, config_and_options, read_options, source_and_overrides
+from dinoreg.commands.arguments import (
+    Verb,
+    check_early,
+    config_and_options,
+    given_by,
+    read_options,
+    source_and_overrides,
+)
 from dinoreg.commands.completion import SHELLS, script_of
-from dinoreg.commands.early import check_early, given_by
-from dinoreg.commands.failures import running
+from dinoreg.commands.doctor import explain_error
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
 from dinoreg.config.option import split_texts
 from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
-from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.guide import Verbatim, next_commands, next_lines, repeated
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.guide import Verbatim, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
+from dinoreg.runtime.regular_files import open_to_append
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -34,16 +45,45 @@ def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
     return call
 
 
+@contextmanager
+def _running(out: str) -> Iterator[None]:
+    """A context for the work of a command: failures name the log, an interruption explains how to resume.
+
+    out     run folder
+    raises  RunError for any failure of a run, after appending the traceback to its train.log; Interrupted for Ctrl-C
+            when there is a checkpoint
+    """
+    log = Path(out) / "train.log"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (log.parent / "checkpoints" / "last").is_file():
+            raise
+        advice = f"interrupted; go on with: dinoreg pretrain {out} resume=true"
+        raise Interrupted(advice, signal.SIGINT) from None
+    except (UserError, Interrupted, BrokenPipeError):
+        raise
+    except RunError as error:
+        where = f" (log: {log})" if log.is_file() else ""
+        located = RunError(f"{one_line(error)}{where}")
+        located.reported = error.reported
+        raise located from error
+    except Exception as error:
+        if not (log.parent / "config.yaml").is_file():  # not (yet) a run's folder
+            raise
+        with suppress(OSError, UserError), open_to_append(log) as file:
+            file.write(traceback.format_exc())
+        if os.environ.get("DINOREG_DEBUG") == "1":
+            traceback.print_exc()
+        raise RunError(f"{explain_error(error)} (traceback: {log})") from error
+
+
 def _quickstart(options: keys.QuickstartOptions) -> None:
-    with running(options.out or "runs/quickstart"):
+    with _running(options.out or "runs/quickstart"):
         _function("commands.quickstart", "quickstart")(options.out, seed=options.seed, overwrite=options.overwrite)
 
 
 def _load_config(arguments: list[str]) -> Config:
-    first = Path(arguments[0]) if arguments else Path()
-    if arguments and first.is_dir() and not (first / "config.yaml").exists():
-        said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
-        raise UserError(f"pretrain: {first} is a folder without config.yaml; Write: {next_commands('folder', said)[0]}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
@@ -53,7 +93,7 @@ def _read_pretrain(arguments: list[str]) -> tuple[Config]:
 
 def _pretrain(config: Config, **hooks: Any) -> None:
     """hooks are arguments of `pretrain` in train/loop.py: a job passes `on_checkpoint`."""
-    with running(config.out):
+    with _running(str(config.out)):
         from dinoreg.distributed.process_group import is_main_process
         from dinoreg.train.loop import pretrain
 
@@ -131,9 +171,7 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
 
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
-    if not arguments or "=" in arguments[0]:
-        raise UserError(f"view: missing what to view; expected {', '.join(keys.VIEWS)}")
-    kind, *rest = arguments
+    kind, *rest = arguments or [""]
     keys.check_view(kind)
     if kind != "crops":
         return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
@@ -164,12 +202,13 @@ def _jobs() -> list[str]:
     ]
 
 
+_view = _function("commands.view", "draw", "view")
 _VIEWS = {f"view {kind}": cls for kind, cls in keys.VIEWS.items()}
 _ACTIONS = {f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()}
 
 
 def _read_runs(arguments: list[str]) -> tuple[str]:
-    return ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],)
+    return ([*read_options(keys.NoOptions, arguments, positional=1)[0], "runs"][0],)
 
 
 def _read_completion(arguments: list[str]) -> tuple[str]:
@@ -179,7 +218,7 @@ def _read_completion(arguments: list[str]) -> tuple[str]:
 
 
 def _read_doctor(arguments: list[str]) -> tuple[Path | None]:
-    runs, _ = read_options(keys.DoctorOptions, arguments, positional=1)
+    runs, _ = read_options(keys.NoOptions, arguments, positional=1)
     return (_run_folder("doctor", runs[0]) if runs else None,)
 
 
@@ -191,23 +230,14 @@ _VERBS = (
     Verb("verdict", keys.VerdictOptions, _verdict, _read_verdict, words=1),
     Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
     Verb("report", keys.ReportOptions, _report, _read_report),
-    Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
+    Verb("runs", keys.NoOptions, _function("reports.run_list", "print_runs"), _read_runs),
     Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed_command", "features"), path="data"),
     Verb("curate", keys.CurateOptions, _function("commands.curate", "curate_command"), path="features"),
-    Verb(
-        "view",
-        keys.NoOptions,
-        _function("commands.view", "draw", "view"),
-        _read_view,
-        kinds=_VIEWS,
-        also=Config,
-        words=1,
-        path="images",
-    ),
+    Verb("view", keys.NoOptions, _view, _read_view, _VIEWS, also=Config, words=1, path="images"),
     Verb("registers", keys.RegistersOptions, _function("commands.registers", "registers_command"), path="images"),
     Verb("export", keys.ExportOptions, _function("commands.export", "export_command"), path="weights"),
     Verb("launch", LaunchOptions, _function("commands.launch", "launch_command"), tuple, _ACTIONS, _jobs, also=Config),
-    Verb("doctor", keys.DoctorOptions, _function("commands.doctor", "doctor"), _read_doctor),
+    Verb("doctor", keys.NoOptions, _function("commands.doctor", "doctor"), _read_doctor),
     Verb("completion", keys.NoOptions, print, _read_completion),
 )
 VERBS = {verb.name: verb for verb in _VERBS}
@@ -233,9 +263,7 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
         from dinoreg.evaluation.request import is_own
 
         case = "listed" if not first else "own" if is_own(first) else ""
-        own = parsed[1].dataset.get("own", {}) if case == "own" else {}
-        keys = {key: key for key in ("columns", "range", "own.root")}
-        values["reading"] = repeated(values | {"own.root": own.get("root")}, keys)
+        values["own.root"] = parsed[1].dataset.get("own", {}).get("root") if first else None
     elif case == "crops":
         values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:
@@ -243,11 +271,10 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     elif verb == "plan":
         rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
         values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
-    elif verb == "verdict":
-        values["reading"] = repeated(values, {"columns": "columns", "range": "range"})
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
-    return {**values, "first": first}, case
+    reading = repeated(values, {key: key for key in ("columns", "range", "own.root")})
+    return {**values, "first": first, "reading": reading}, case
 
 
 def _run_folders(verb: str, text: str) -> list[Path]:
@@ -258,8 +285,6 @@ def _run_folders(verb: str, text: str) -> list[Path]:
 
 def _run_folder(verb: str, text: str) -> Path:
     folder = Path(text)
-    if not folder.is_dir():
-        raise UserError(f"{verb}: {folder}: no such folder; expected the folder of a run")
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{verb}: {folder}: not a run folder (it has no config.yaml)")
+        raise UserError(f"{verb}: {folder}: expected the folder of a run, with its config.yaml")
     return folder

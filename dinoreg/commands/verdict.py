@@ -35,7 +35,6 @@ from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, wr
 from dinoreg.runtime.device import keep_freed_memory
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import print_status, printable
-from dinoreg.runtime.templates import score
 
 REFERENCES = ("public", "start", "random init")  # whose labels are counted: the first that there is
 SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of them each way
@@ -51,11 +50,6 @@ class LabelledVerdict(WithPage):
 
     advice: Advice
     record: dict[str, Any]
-
-    def __repr__(self) -> str:
-        data, roles = self.record["data"], self.record["contenders"]
-        told = ", ".join(f"{role} {score(each['logistic']['value'])}" for role, each in roles.items())
-        return f"<verdict on {data['title']}, {data['n_test']:,} pictures: {told}; {self.advice.choice}>"
 
 
 def verdict(labelled: str | Path, **options: Any) -> LabelledVerdict:

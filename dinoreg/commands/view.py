@@ -24,9 +24,6 @@ class View(WithPage):
     pictures: list[Path]
     record: dict[str, Any]
 
-    def __repr__(self) -> str:
-        return f"<view of {self.record['view']}: {len(self.pictures)} pictures, {self.page}>"
-
 
 def view(kind: str, **options: Any) -> View:
     """Draw pictures; the same as `dinoreg view KIND key=value …`.

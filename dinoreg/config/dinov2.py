@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.printable import listed
 
 _SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
 
@@ -58,8 +59,6 @@ KEYS: dict[str, Key] = {
     "ibot.head_nlayers": Key(3),
     "ibot.head_hidden_dim": Key(2048),
     "train.batch_size_per_gpu": Key(64, "batch_size"),
-    "train.dataset_path": Key("ImageNet:split=TRAIN"),
-    "train.output_dir": Key("."),
     "train.seed": Key(0, "seed"),
     "train.num_workers": Key(10, "data.workers"),
     "train.OFFICIAL_EPOCH_LENGTH": Key(1250, number=True),
@@ -113,6 +112,8 @@ QUIRKS: dict[str, Any] = {
 # Keys of dinov2's files without effect here, and why.
 DEAD: dict[str, str] = {
     "compute_precision.*": "precision and sharding follow precision= and the device",
+    "train.dataset_path": "data= names the images",
+    "train.output_dir": "out= names the run folder",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",
     "train.cache_dataset": "the file index is always kept; images are never",
     "student.block_chunks": "blocks are one flat list; chunked weights are read all the same",
@@ -121,21 +122,13 @@ DEAD: dict[str, str] = {
     "*": "unknown to this reader; nothing follows from it",
 }
 
-# Keys that only other projects have, as patterns.
-_PROJECTS = {
-    "dinov3": (
-        *("gram.*", "schedules.*", "distillation.*", "multidistillation.*", "hrft.*", "coding_rate_loss.*"),
-        *("MODEL.META_ARCHITECTURE", "student.pos_embed_*", "student.n_storage_tokens", "student.untie_*"),
-        *("student.mask_k_bias", "student.fp8_*", "dino.koleo_*distributed*", "dino.koleo_topk", "crops.gram_*"),
-        *("ibot.mask_random_circular_shift", "train.use_teacher_head", "checkpointing.*"),
-    ),
-    "lightly-train": ("method_args", "method_args.*", "transform_args.*", "trainer_args.*", "loader_args.*"),
-    "mmpretrain": ("_base_", "default_scope", "Collections", "Models", "train_dataloader.*", "train_cfg.*"),
-    "VISSL": ("config.TRAINER.*", "config.DATA.*", "config.MODEL.*", "config.OPTIMIZER.*", "config.LOSS.*"),
-}
-_INSTEAD = "begin with one of dinoreg's (vits14_reg4, vitl16_short_reg4_in1k, …) and give its keys"
-_LACKING = {"dinov3": "; its backbones are names that end with _rope, its schedules are not read"}
-_SHOWN = 3
+# Keys that dinov3's files have and dinov2's have not, as patterns.
+_DINOV3 = (
+    *("gram.*", "schedules.*", "distillation.*", "multidistillation.*", "hrft.*", "coding_rate_loss.*"),
+    *("MODEL.META_ARCHITECTURE", "student.pos_embed_*", "student.n_storage_tokens", "student.untie_*"),
+    *("student.mask_k_bias", "student.fp8_*", "dino.koleo_*distributed*", "dino.koleo_topk", "crops.gram_*"),
+    *("ibot.mask_random_circular_shift", "train.use_teacher_head", "checkpointing.*"),
+)
 
 
 class Translation(NamedTuple):
@@ -213,24 +206,19 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
     ]
-    ours |= _ibot_head(values, content, dead) | _places(values, notes)
-    return Translation(ours, dead, notes)
+    if init := values["student.pretrained_weights"] or values["MODEL.WEIGHTS"]:
+        ours["init"] = init
+        notes.append(f"init={init} is loaded strictly (the reference skips what does not fit)")
+    return Translation(ours | _ibot_head(values, content, dead), dead, notes)
 
 
 def _long_warmups(values: Mapping[str, Any], epochs: float) -> list[str]:
-    """Remarks on what takes longer than the run, by dinov2's keys; UserError where dinov2 does not run, either."""
+    """A remark where the temperature rises for longer than the run; UserError where the learning rate does."""
     warmup, temp = values["optim.warmup_epochs"], values["teacher.warmup_teacher_temp_epochs"]
     if warmup > epochs:
         raise UserError(f"optim.warmup_epochs={warmup:g}: expected at most optim.epochs={epochs:g}, as in dinov2")
-    notes = []
-    if temp > epochs:
-        notes.append(
-            f"teacher.warmup_teacher_temp_epochs={temp:g} is longer than the run of {epochs:g} epochs, which, as in "
-            f"dinov2, ends before teacher.teacher_temp={values['teacher.teacher_temp']:g} is reached"
-        )
-    if values["optim.freeze_last_layer_epochs"] >= epochs:
-        notes.append(f"optim.freeze_last_layer_epochs: the last layers do not move in a run of {epochs:g} epochs")
-    return notes
+    reached = f"teacher.teacher_temp={values['teacher.teacher_temp']:g} is not reached in {epochs:g} epochs"
+    return [f"teacher.warmup_teacher_temp_epochs={temp:g}: {reached}, as in dinov2"] if temp > epochs else []
 
 
 def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:
@@ -245,32 +233,6 @@ def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list
     return {f"head.{ours}": values[f"ibot.{theirs}"] for ours, theirs in own.items()}
 
 
-def _places(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Where the weights, the images and the run folder are."""
-    path, out = values["train.dataset_path"], values["train.output_dir"]
-    places = {
-        "init": values["student.pretrained_weights"] or values["MODEL.WEIGHTS"],
-        "out": None if out == "." else out,
-        "data.source": _dataset_folder(str(path)),
-    }
-    if places["init"]:
-        notes.append(f"init={places['init']} is loaded strictly (the reference skips what does not fit)")
-    source = places["data.source"]
-    where = f": all images below {source}" if source else " names no folder: give data=FOLDER"
-    notes.append(f"train.dataset_path={path}{where}")
-    return {key: value for key, value in places.items() if value}
-
-
-def _dataset_folder(path: str) -> str | None:
-    """The folder of images that "ImageNet:split=TRAIN:root=/data:extra=/x" stands for."""
-    name, *options = path.split(":")
-    pairs = dict(option.partition("=")[::2] for option in options)
-    root = pairs.get("root")
-    if root and name == "ImageNet":
-        return f"{root.rstrip('/')}/{pairs.get('split', 'TRAIN').lower()}"
-    return root or None
-
-
 def refuse_foreign(content: Collection[str], ours: Collection[str], where: str) -> None:
     """UserError, in one line, where a YAML file is another project's, by its keys or by most of them being unknown.
 
@@ -278,16 +240,13 @@ def refuse_foreign(content: Collection[str], ours: Collection[str], where: str) 
     ours     all dotted keys of dinoreg's config
     where    the file, for the message
     """
-    for project, patterns in _PROJECTS.items():
-        found = [key for key in content if key not in ours and any(fnmatchcase(key, each) for each in patterns)]
-        if found:
-            kind = f"a config of {project} ({_some(found)}){_LACKING.get(project, '')}"
-            raise UserError(f"config {where}: {kind}; {_INSTEAD}")
+    theirs = [key for key in content if key not in ours and any(fnmatchcase(key, each) for each in _DINOV3)]
     unknown = [key for key in content if key not in ours and key != "data" and not is_dinov2_key(key)]
-    if len(unknown) >= _SHOWN and 2 * len(unknown) > len(content):
-        few = f"{len(unknown)} of its {len(content)} keys are unknown ({_some(unknown)})"
-        raise UserError(f"config {where}: neither dinoreg's nor dinov2's, {few}; {_INSTEAD}")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
+    if theirs:
+        kind = f"a config of dinov3 ({listed(theirs, 3)}), whose backbones are names that end with _rope here"
+    elif len(unknown) >= 3 and 2 * len(unknown) > len(content):
+        kind = f"neither dinoreg's nor dinov2's, {len(unknown)} of its {len(content)} keys are unknown"
+        kind += f" ({listed(unknown, 3)})"
+    else:
+        return
+    raise UserError(f"config {where}: {kind}; begin with one of dinoreg's, as vits14_reg4, and give its keys")

@@ -92,19 +92,15 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(source: str | Path) -> Path:
     """Path of a shipped config by name, of a YAML file by path, or of config.yaml in a run folder; else UserError."""
     known = shipped_configs()
-    if str(source) in known:
-        return known[str(source)]
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"config {path}: no such file")
+    path = known.get(str(source), Path(source))
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        ways = f"expected a run, a YAML file or a name; images are named by data={path}"
+        raise UserError(f"config {path}: a folder without config.yaml; {ways}")
+    path = path / "config.yaml" if path.is_dir() else path
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
         return path
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"config {path}: a folder without config.yaml; expected a run, a YAML file or a name")
-        return path / "config.yaml"
-    if "/" in str(source):
-        raise UserError(f"config {source}: no such file or folder")
+    if "/" in str(source) or path.suffix in (".yaml", ".yml"):
+        raise UserError(f"config {source}: no such file or folder; expected a run, a YAML file or a name")
     raise UserError(f"config {source}: unknown{nearest(str(source), known)}; known: {', '.join(known)}")
 
 

@@ -150,26 +150,26 @@ class Options:
     """Base of the frozen dataclasses of options: constructing one raises UserError for values that are not accepted.
 
     class ModelConfig(Options, section="model")   messages call a key model.KEY
-    class EmbedOptions(Options, verb="embed")     messages name the command that has the keys
     """
 
     _section: ClassVar[str] = ""
-    _verb: ClassVar[str] = ""
 
-    def __init_subclass__(cls, section: str = "", verb: str = "", **rest: Any) -> None:
-        super().__init_subclass__(**rest)
+    def __init_subclass__(cls, section: str = "") -> None:
+        super().__init_subclass__()
         if section:
             cls._section = f"{section}."
-        if verb:
-            cls._verb = verb
 
     def __post_init__(self) -> None:
-        """Check each option on its own; subclasses check relations between options with `check`."""
+        """Check each option on its own, then what relates them."""
         cls: Any = type(self)
         for item in dataclasses.fields(cls):
             if "option" in item.metadata:
                 or_none = type(None) in _kinds(_hints(cls)[item.name])
                 item.metadata["option"].check(f"{self._section}{item.name}", getattr(self, item.name), or_none)
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        """Subclasses check relations between options here, with `check`."""
 
 
 def check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -248,7 +248,7 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
             if not separator or not key:
                 raise UserError(f"{shortened(text)}: expected key=value")
             if key in given:
-                raise UserError(f"{key}: given twice")
+                raise UserError(f"{key}: given twice{'' if where == 'command line' else f' ({where})'}")
             given[key] = Text(value)
         values = given
     by_key = flatten(values)
@@ -277,13 +277,11 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
         elif parent in known:
             raise UserError(f"{parent}: is a value, not a section ({where})")
         elif below is None:
-            verb = getattr(cls, "_verb", "")
             hint = _synonym(name, known) or nearest(name, known) or nearest(name.rpartition(".")[2], known)
             shown = known if len(known) <= MAX_LISTED else dict.fromkeys(key.partition(".")[0] for key in known)
             accepted = f"; accepted: {', '.join(shown)}" if known else "; it takes no keys"
             accepted = "" if hint and len(known) > MAX_LISTED else accepted
-            source = f"of dinoreg {verb}" if verb else f"({where})"
-            raise UserError(f"{shortened(name)}: unknown key {source}{hint}{accepted}")
+            raise UserError(f"{shortened(name)}: unknown key ({where}){hint}{accepted}")
         elif value != {}:
             raise UserError(f"{shortened(name)}={shortened(value)}: expected keys below it, such as {below} ({where})")
     return converted
@@ -304,8 +302,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         elif name in values:
             arguments[item.name] = values[name]
         elif item.default is REQUIRED:
-            verb = getattr(cls, "_verb", "")
-            raise UserError(f"{verb}: {name}= is missing: {item.metadata['option'].help}; see dinoreg {verb} --help")
+            raise UserError(f"{name}= is missing: {item.metadata['option'].help}")
     return cls(**arguments)
 
 

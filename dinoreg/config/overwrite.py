@@ -1,5 +1,6 @@
 """A run folder as a place to write to: what `out=` may name, and what `overwrite=true` may delete there."""
 
+import math
 import os
 import shutil
 import socket
@@ -74,10 +75,8 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
         if pid != os.getpid() and owner.get("started") is not None and is_alive(pid, owner["started"]):
             raise UserError(f"out={out}: its run is at work (process {pid}); end it, as kill {pid} does{_TAKEOVER}")
     elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
-        try:
-            silent = time.time() - (out / "metrics.jsonl").stat().st_mtime
-        except OSError:
-            return
+        lines = out / "metrics.jsonl"
+        silent = time.time() - lines.stat().st_mtime if lines.is_file() else math.inf
         if owner and silent < SILENT_SECONDS:
             known = f"its run is at work on {host} (process {pid}, a line {max(0, silent):.0f} s ago)"
             wait = f"end it there, or wait until it has been silent for {SILENT_SECONDS:.0f} s{_TAKEOVER}"

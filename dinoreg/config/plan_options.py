@@ -6,7 +6,7 @@ from dinoreg.config.option import Options, option, output
 
 
 @dataclass(frozen=True)
-class PlanOptions(Options, verb="plan"):
+class PlanOptions(Options):
     """The machines that `dinoreg plan` computes for, and figures that it uses in place of its own."""
 
     nodes: int | None = option(None, "machines; with none of nodes, gpus, gpu and memory: one process here", low=1)

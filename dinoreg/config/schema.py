@@ -101,8 +101,7 @@ class LossConfig(Options, section="loss"):
     center_by_process: bool = option(False, "patches: mean of processes' means, as the reference; not of all rows")
     koleo_ranks: int | None = option(None, "processes that KoLeo searches together; none: all; reference: 1", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         positive = "a positive dino_weight, ibot_weight or diet_weight (all are zero)"
         check(self.distils or self.diet_weight > 0, "loss.dino_weight", self.dino_weight, positive)
         one = "0 with loss.anchor_weight: a run is held to one network"
@@ -111,15 +110,8 @@ class LossConfig(Options, section="loss"):
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each loss that a micro-batch has of its own, by the names of `StepResult.losses`."""
-        return {
-            "dino_global": self.dino_weight,
-            "dino_local": self.dino_weight,
-            "ibot": self.ibot_weight,
-            "diet": self.diet_weight,
-            "anchor": self.anchor_weight,
-            "gram": self.gram_weight,
-            "paka": self.paka_weight,
-        }
+        one_each = {name: getattr(self, f"{name}_weight") for name in ("ibot", "diet", "anchor", "gram", "paka")}
+        return {"dino_global": self.dino_weight, "dino_local": self.dino_weight, **one_each}
 
     @property
     def anchored(self) -> bool:
@@ -152,8 +144,7 @@ class OptimConfig(Options, section="optim"):
     move_on_skip: bool = option(False, "teacher and centres move in steps that fp16 overflow skips, as the reference")
     accumulate: int = option(1, "micro-batches of a step: less memory, the same statistics", low=1, high=1_000_000)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         if (self.base_lr is None) == (self.lr is None):
             raise UserError("optim.base_lr and optim.lr: give exactly one of the two")
 
@@ -175,8 +166,7 @@ class ScheduleConfig(Options, section="schedule"):
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
     horizon: int | None = option(None, "steps that fractions are of; none: all; constant: of the first start", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         constant = "0 unless schedule.shape=constant"
         check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, constant)
 
@@ -192,8 +182,7 @@ class AdaptConfig(Options, section="adapt"):
     blocks: int | None = option(None, "last blocks that learn, with the final norm; none: all, and the tokens", low=1)
     channels: str | None = option(None, "weights for other channels; none: refuse", choices=("mean", "repeat", "zero"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         left = f"at most {1 - self.heads:.3g}, what adapt.heads={self.heads:.3g} leaves of the run"
         check(self.heads + self.warmup <= 1, "adapt.warmup", self.warmup, left)
 
@@ -204,6 +193,7 @@ def is_value_range(numbers: Sequence[float]) -> bool:
     return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
 
 
+COLUMNS = "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
 VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": "LOW,HIGH, LOW below HIGH, once or for each channel"}
 
 
@@ -215,9 +205,7 @@ class DataConfig(Options, section="data"):
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     range: list[float] | None = option(None, "LOW,HIGH: values of black, white; none: by the type", **VALUE_RANGE)
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
-    columns: str = option(
-        "", "of a table: which holds paths, as path:FILE; path:RED,path:NIR: a file a channel; empty: usual names"
-    )
+    columns: str = option("", COLUMNS)
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
@@ -226,8 +214,7 @@ class DataConfig(Options, section="data"):
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
     reference_decode: bool = option(False, "Pillow's convert(RGB): EXIF turns and alpha ignored, 16 bits cut to 8")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         without = "none with data.reference_decode, which has no range"
         check(self.range is None or not self.reference_decode, "data.range", self.range, without)
 
@@ -276,9 +263,7 @@ class ProbeConfig(Options, section="probe"):
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
     data: str | None = option(None, "labelled: folder of classes or of train/, val/, a table, scenes; none: rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
-    columns: str = option(
-        "", "as data.columns, of a table in data or general, and label:BREED,split:SET; empty: usual names"
-    )
+    columns: str = option("", "as data.columns, of a table in data or general; with label:BREED,split:SET")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
     dense: str | None = option(None, "images/ with masks/, or scenes: patches are segmented by k-NN; none: DSE alone")
     dense_values: str = option("", "numbers or colours of such masks that are classes, as [0,255]; empty: from 0")
@@ -331,8 +316,7 @@ class Config(Options):
     probe: ProbeConfig = section(ProbeConfig, shapes_result=False)
     health: HealthConfig = section(HealthConfig, shapes_result=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         accumulate, divisor = self.optim.accumulate, f"a divisor of batch_size={self.batch_size}"
         check(self.batch_size % accumulate == 0, "optim.accumulate", accumulate, divisor)
         given = [key for key in BUDGETS if getattr(self, key) is not None]

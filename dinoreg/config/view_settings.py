@@ -27,8 +27,7 @@ class CropSettings(Options, section="crops"):
         expected="UNTIL:GLOBAL/LOCAL, a share of the run and two sizes in pixels",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_relations(self) -> None:
         ends = [0.0, *(until for until, *_ in self.in_stages)]
         check(ends == sorted(set(ends)), "crops.stages", self.stages, "rising shares of the run above 0")
 

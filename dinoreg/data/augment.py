@@ -65,7 +65,6 @@ _DARKEST = 1e-6  # below which a pixel's density is not told apart
 # of 80,000 to 2.5 million on a Zen 4), elsewhere what memory allows.
 _CHUNK_CPU = 640_000
 _CHUNK_DEVICE = 1 << 28
-_LARGE_ROW = 60_000  # elements of a crop
 
 
 def draw_photometric(numbers: np.ndarray, settings: AugmentSettings, of_sensor: np.ndarray | None = None) -> np.ndarray:
@@ -160,7 +159,7 @@ def augment(
     for start in range(0, len(rows), together):
         picked = rows[start : start + together]
         where = _to(picked, crops.device)
-        x = _load(crops, picked, where, params[picked])
+        x = _load(crops, where, params[picked])
         if params[picked, P.LOW : P.END].any():
             _window_and_stain(x, params[picked])
         _jitter(x, params[picked], slot[picked])
@@ -169,10 +168,7 @@ def augment(
         if params.shape[1] > P.END:
             kept = torch.from_numpy(1 - params[picked, P.END :]).to(x.device, non_blocking=True)
             x.mul_(kept[..., None, None])
-        if len(picked) == 1:
-            out[picked[0]] = x[0]
-        else:
-            out.index_copy_(0, where, x)
+        out.index_copy_(0, where, x)
     return out
 
 
@@ -180,32 +176,18 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
-def _one_by_one(x: Tensor) -> bool:
-    """Whether rows are so large that treating each on its own is quicker than moving them together."""
-    return x.device.type == "cpu" and x[0].numel() >= _LARGE_ROW
-
-
 def _change(x: Tensor, flags: np.ndarray, change: Callable[[Tensor, np.ndarray], Tensor]) -> None:
     """Replace the rows of x where `flags` (n,) holds by `change(rows, their numbers)`, in place."""
     numbers = np.flatnonzero(flags)
-    if _one_by_one(x):
-        for row in numbers:  # each from and to its place, without a gather and a scatter
-            view = x[row : row + 1]
-            view.copy_(change(view, numbers[numbers == row]))
-    elif len(numbers):
+    if len(numbers):
         where = _to(numbers, x.device)
         x.index_copy_(0, where, change(x.index_select(0, where), numbers))
 
 
-def _load(crops: Tensor, picked: np.ndarray, where: Tensor, params: np.ndarray) -> Tensor:
-    """The picked crops, mirrored as their parameters say, as float pixels in 0..1, contiguous."""
-    x = torch.empty((len(picked), *crops.shape[1:]), dtype=torch.float32, device=crops.device)
-    if _one_by_one(x):
-        for row, number in enumerate(picked):
-            x[row].copy_(crops[number])
-    else:
-        x.copy_(crops.index_select(0, where))
-    x.mul_(1 / 255)
+def _load(crops: Tensor, where: Tensor, params: np.ndarray) -> Tensor:
+    """The crops in the rows `where`, mirrored as their parameters say, as float pixels in 0..1, contiguous."""
+    x = torch.empty((len(where), *crops.shape[1:]), dtype=torch.float32, device=crops.device)
+    x.copy_(crops.index_select(0, where)).mul_(1 / 255)
     for column, axis in ((P.HFLIP, 3), (P.VFLIP, 2)):
         _change(x, params[:, column] > 0, lambda rows, _, axis=axis: rows.flip(axis))  # type: ignore[misc]
     for turns in (1, 2, 3):

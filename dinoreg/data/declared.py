@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.option import Text, nearest
+from dinoreg.config.option import dotted, nearest
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,16 +71,12 @@ def open_named(name: str, options: str, index_dir: str | None) -> Source:
     benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
     name = benchmark.name
     accepted = ("root", *(("split",) if pretraining.splits else ()), *pretraining.options)
-    values: dict[str, Text] = {}
-    for option in filter(None, _OPTION.split(options)):
-        key, _, text = option.partition("=")
+    values = dotted(filter(None, _OPTION.split(options)), f"data={name}:{options}")
+    for key in values:
         if key not in accepted:
             raise UserError(
                 f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
             )
-        if key in values:
-            raise UserError(f"data: {name}:{options}: {key} is given twice")
-        values[key] = Text(text)
     root = str(values.pop("root", ""))
     if not root:
         need = benchmark.layouts[0][0]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -30,15 +30,16 @@ from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, check_size
 if TYPE_CHECKING:  # imported where pixels are computed: sources and datasets are opened, and refused, without torch
     from torch import Tensor
 
-MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
+MAX_PIXELS = 200_000_000  # Pillow refuses more than 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _LARGE = 1 << 25  # pixels
 _one_large = threading.Lock()
 _CHECKED = 1 << 18  # bytes at either end and in the middle of a large file that tell it from others
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
-_START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
+# What Pillow says of metadata, which do not make a picture bad, and of sizes, which are limited here.
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read|Image size", module=r"PIL\.")
 
 
 def _load_image_operators() -> None:
@@ -62,13 +63,7 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     import torch
 
     _load_image_operators()
-    try:
-        operator = torch.ops.image.decode_jpeg
-        arguments = operator.default._schema.arguments
-    except AttributeError:  # a torchvision without it, or built without libjpeg
-        return None
-    needed = [str(argument.type) for argument in arguments if not argument.has_default_value()]
-    return operator if needed == ["Tensor", "int"] else None
+    return getattr(torch.ops.image, "decode_jpeg", None)  # None: a torchvision built without libjpeg
 
 
 @contextmanager
@@ -118,8 +113,10 @@ class EncodedImage:
             self.raw = RawPixels(_with_channels(data))
         elif not data:
             raise BadImage("the file is empty")
-        elif (header := jpeg_header(data)) is not None:
-            height, width, self.components, self._orientation = header
+        elif data[:2] == b"\xff\xd8":
+            with _damage_named(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                height, width, self._orientation = image.height, image.width, _orientation(image)
+                self.components = image.layers  # type: ignore[attr-defined]
             self.format, self.mode = "JPEG", {1: "L", 3: "RGB"}.get(self.components, "CMYK")
         else:
             self.raw = self._read_other(max_pixels)
@@ -189,7 +186,7 @@ class EncodedImage:
         return orient(pixels, self._orientation)
 
     def _read_other(self, max_pixels: int) -> RawPixels:
-        """Decode what is no JPEG of the quick path."""
+        """Decode what is no JPEG."""
         with _damage_named():
             if scientific.is_deep_png(self._data):
                 self._check_header(max_pixels)
@@ -235,7 +232,7 @@ class EncodedImage:
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
             check_size(image.height, image.width, max_pixels)
-            orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
+            orientation = _orientation(image)
             if image.format == "TIFF":  # which Pillow turns itself while it loads
                 self._turned = orientation
             else:
@@ -268,7 +265,7 @@ def decode(
             data.load()  # before the orientation is read: of a TIFF Pillow applies it here
             raw = RawPixels(_with_channels(np.asarray(data)) if deep else _rgb_or_bands(data, in_channels))
             pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
-            return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
+            return orient(pixels, _orientation(data))
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
@@ -309,48 +306,17 @@ def pillow_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return image.convert("RGB")
 
 
-def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
-    """(height, width, components, orientation) of an 8-bit Huffman-coded JPEG; None for anything else."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    position, orientation, length = 2, 1, len(data)
-    while position + 9 < length and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # padding and markers without a body
-            position += 1 if marker == 0xFF else 2
-            continue
-        if marker in _START_OF_FRAME:
-            precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            return (height, width, components, orientation) if precision == 8 and height and width else None
-        if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return None  # a scan before its frame, or a coding that libjpeg may not have
-        size = int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[position + 10 : position + 2 + size])
-        position += 2 + size
-    return None
-
-
-def _exif_orientation(exif: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    try:
-        if order is None:
-            return 1
-        (offset,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, offset)
-        for entry in range(offset + 2, offset + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == ORIENTATION_TAG and kind == 3:
-                (value,) = struct.unpack_from(order + "H", exif, entry + 8)
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass  # broken metadata does not make the pixels bad
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened Pillow image, 1 to 8; broken metadata do not make the pixels bad."""
+    with suppress(Exception):
+        if (stated := int(image.getexif().get(ORIENTATION_TAG, 1))) in range(1, 9):
+            return stated
     return 1
 
 
 def orient(image: Tensor, orientation: int) -> Tensor:
     """(C, H, W) turned and mirrored as an EXIF orientation (1..8) says."""
-    if orientation == 1 or not 2 <= orientation <= 8:
+    if not 2 <= orientation <= 8:
         return image
     pixels = image.permute(1, 2, 0)  # (H, W, C)
     if orientation >= 5:

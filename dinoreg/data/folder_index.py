@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,9 @@ class PathBlock:
         self._ends = np.flatnonzero(self.as_array() == 0)
 
     @classmethod
-    def of(cls, paths: list[str]) -> PathBlock:
+    def of(cls, paths: Iterable[str], passed_over: Mapping[str, int] | None = None) -> PathBlock:
         """The block of these paths; names that are no text keep their bytes."""
-        return cls(b"".join(os.fsencode(path) + b"\0" for path in paths))
+        return cls(b"".join(os.fsencode(path) + b"\0" for path in paths), passed_over)
 
     def as_array(self) -> np.ndarray:
         """(n,) uint8, to be stored in a file of arrays."""
@@ -179,22 +179,27 @@ def _scan(root: str) -> tuple[PathBlock, list[str], list[int]]:
     folders: list[str] = []
     times: list[int] = []
     passed_over: Counter[str] = Counter()
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # folders, and what they lie in
-    while waiting:
-        folder, above = waiting.pop()
-        path = os.path.join(root, folder)
+    inside: dict[str, frozenset[tuple[int, int]]] = {root: frozenset()}  # what each folder lies in
+
+    def refuse(error: OSError) -> None:
+        with readable(f"data: the folder {error.filename}"):
+            raise error
+
+    for path, below, names in os.walk(root, onerror=refuse, followlinks=True):
         with readable(f"data: the folder {path}"):
             status = os.stat(path)
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                continue
-            names, below = _list_folder(path, passed_over)
+        above, identity = inside.pop(path), (status.st_dev, status.st_ino)
+        below[:] = [] if identity in above else sorted(name for name in below if _is_shown(name))
+        if identity in above:
+            continue
+        inside.update((os.path.join(path, name), above | {identity}) for name in below)
+        folder = path[len(root) :].lstrip(os.sep)
         folders.append(folder)
         times.append(status.st_mtime_ns)
-        prefix = os.fsencode(folder) + b"/" if folder else b""
-        pieces.extend(prefix + name + b"\0" for name in sorted(names))
-        inside = above | {identity}
-        waiting.extend((os.path.join(folder, name), inside) for name in sorted(below, reverse=True))
+        shown = [name for name in names if _is_shown(name)]
+        pictures = [name for name in shown if ending_of(name) in EXTENSIONS]
+        passed_over.update(ending for name in shown if (ending := ending_of(name)) not in EXTENSIONS)
+        pieces.extend(sorted(os.fsencode(os.path.join(folder, name)) + b"\0" for name in pictures))
     return PathBlock(b"".join(pieces), passed_over), folders, times
 
 
@@ -207,26 +212,5 @@ def _scan_url(url: str) -> PathBlock:
     return PathBlock(b"".join(pictures), Counter(each for each in map(ending_of, names) if each not in EXTENSIONS))
 
 
-def _list_folder(path: str, passed_over: Counter[str]) -> tuple[list[bytes], list[str]]:
-    """The names of a folder's image files, and of its subfolders; other files are counted by their endings."""
-    names: list[bytes] = []
-    below: list[str] = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name in _LITTER:
-                continue
-            ending = os.path.splitext(entry.name)[1].lower()
-            if _is_folder(entry):
-                below.append(entry.name)
-            elif ending in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
-                names.append(os.fsencode(entry.name))
-            else:
-                passed_over[ending] += 1
-    return names, below
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and name not in _LITTER

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.source import PathSource, Source
+from dinoreg.data.source import Source
 from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
@@ -27,35 +26,22 @@ _COMPANIONS = frozenset(
 class LabelledImages:
     """Images with labels, and what is to be said about how they were read.
 
-    paths        relative to `root`
     labels       (n,) int64 classes, or (n, K) int8: 1 present, 0 absent, -1 not to be counted
     class_names  in the order of their numbers
     words        "train", "val" or "test" for each image, or None where nothing says so
     warnings     one line each
-    passed_over  files beside the images that are none, by ending
-    images       those in shards, whose names the paths are; None: files
-    further      where each channel is a file, those of the channels behind the first, as `paths`
     """
 
-    root: str
-    paths: list[str]
+    source: Source
     labels: np.ndarray
     class_names: list[str]
     words: list[str] | None
     warnings: list[str]
-    passed_over: dict[str, int]
-    images: Source | None = None
-    further: tuple[list[str], ...] = ()
 
     def has(self) -> np.ndarray:
         """Which classes each image is of, (n, K) bool."""
         single = self.labels.ndim == 1
         return self.labels[:, None] == np.arange(len(self.class_names)) if single else self.labels == 1
-
-    def source(self) -> Source:
-        """The images, in the order of `paths`."""
-        files = [path for row in zip(self.paths, *self.further, strict=True) for path in row]
-        return self.images or PathSource(self.root, PathBlock.of(files), 1 + len(self.further))
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

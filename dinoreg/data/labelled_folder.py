@@ -65,24 +65,15 @@ def read_labelled_folder(
     images = _without_truths(images, warnings)
     images = _with_splits_inside(images)
     images = _declared(root, images, given, warnings)
-    present = {image.label for image in images}
-    if len(present) < 2:
+    names, labels = np.unique([image.label for image in images], return_inverse=True)
+    if len(names) < 2:
         raise UserError(
-            f"{root}: has images in {len(present)} folder(s), expected one per class, at least two{_tables(root)}"
+            f"{root}: has images in {len(names)} folder(s), expected one per class, at least two{_tables(root)}"
         )
-    names = sorted(present)
-    numbers = {name: number for number, name in enumerate(names)}
-    warnings += _repeated_below(images) + alike(names)
+    warnings += _repeated_below(images) + alike(names.tolist())
     splits = [image.split for image in images if image.split is not None]
-    return LabelledImages(
-        root,
-        [image.path for image in images],
-        np.array([numbers[image.label] for image in images], dtype=np.int64),
-        names,
-        splits or None,
-        warnings,
-        index.passed_over,
-    )
+    source = PathSource(root, PathBlock.of((image.path for image in images), index.passed_over))
+    return LabelledImages(source, labels.astype(np.int64), names.tolist(), splits or None, warnings)
 
 
 def _tables(root: str) -> str:
@@ -101,7 +92,7 @@ def class_folders(
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
     paths = [path for path in index_folder(root, index_dir) if os.sep in path]
-    names, labels = np.unique([name.split(os.sep, 1)[0] for name in paths] or [""], return_inverse=True)
+    names, labels = np.unique([name.split(os.sep, 1)[0] for name in paths], return_inverse=True)
     if len(names) < 2:
         raise UserError(f"{root} has {len(names)} subfolder(s) with images, expected one per class, at least two")
     return PathSource(root, PathBlock.of(paths)), labels.astype(np.int64), names.tolist()

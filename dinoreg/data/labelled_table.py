@@ -14,16 +14,17 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from dinoreg.config.option import nearest
-from dinoreg.data.folder_index import EXTENSIONS
+from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.labelled import LabelledImages, alike, read_classes
 from dinoreg.data.shards import split_of_shard
-from dinoreg.data.source import Source
+from dinoreg.data.source import PathSource, Source
 from dinoreg.data.split_names import split_of
 from dinoreg.data.tables import INDEX, SEVERAL, Columns, Table, inside, open_table
 from dinoreg.runtime.errors import UserError
@@ -52,34 +53,28 @@ def read_labelled_table(
     path = Path(os.path.abspath(file))
     base, columns = os.path.abspath(root or path.parent), columns or {}
     table = open_table(path, f"{path}:", base)
-    found = {role: table.column(role, columns) for role in ("path", "split")}
-    if found["path"] is None:
+    found = table.column("path", columns)
+    if found is None:
         expected = "say columns=path:NAME,label:NAME; its columns"
         raise UserError(f"{path}: has no column path; {expected}: {listed(table.names)}")
-    further = table.further(columns)
-    taken = [*(role[0] for role in found.values() if role is not None), *further]
-    labels, left = _label_columns(table, columns, taken)
-    warnings = [*table.notes, *(note for role in found.values() if role for note in role[1]), *left]
-    cells = _cells(table, [*dict.fromkeys((*taken, *labels))])
+    columns_of_paths = [found[0], *table.further(columns)]
     entries = {
-        column: [(place, inside(base, entry, f"{path} {place}", root_option)) for place, entry in cells[column]]
-        for column in (found["path"][0], *further)
+        column: [(place, inside(base, entry, f"{path} {place}", root_option)) for place, entry in cells]
+        for column, cells in _cells(table, columns_of_paths).items()
     }
     first_places: dict[str, str] = {}
-    for place, entry in entries[found["path"][0]]:
+    for place, entry in entries[found[0]]:
         if entry in first_places:
             raise UserError(f"{path} {place}: {entry} is listed before, in {first_places[entry]}")
         first_places[entry] = place
     if not first_places:
         raise UserError(f"{path}: lists no images")
-    split = found["split"]
-    words = split and [_split_of(cell, f"{path} {place}") for place, cell in cells[split[0]]]
-    numbers, names = _labels(str(path), {name: cells[name] for name in labels}, read_classes(path.parent), warnings)
-    paths = found_files(base, first_places, path)
-    if repeated := [name for name, count in Counter(paths).items() if count > 1]:
+    told = _told(str(path), table, columns, columns_of_paths, found[1], read_classes(path.parent))
+    bands = [found_files(base, (entry for _, entry in entries[column]), path) for column in columns_of_paths]
+    if repeated := [name for name, count in Counter(bands[0]).items() if count > 1]:
         raise UserError(f"{path}: {repeated[0]} is listed twice, once without its ending")
-    others = (found_files(base, (entry for _, entry in entries[column]), path) for column in further)
-    return LabelledImages(base, paths, numbers, names, words, warnings, {}, further=tuple(others))
+    files = PathBlock.of(file for row in zip(*bands, strict=True) for file in row)
+    return LabelledImages(PathSource(base, files, len(bands)), *told)
 
 
 def read_labelled_shards(source: Source, table: Table, columns: Columns) -> LabelledImages:
@@ -89,15 +84,30 @@ def read_labelled_shards(source: Source, table: Table, columns: Columns) -> Labe
              shards' names may tell them
     raises   UserError, in one line, for whatever is wrong with the table
     """
+    found = LabelledImages(source, *_told(table.title, table, columns, [], [], None))
+    splits = [(split_of_shard(name), count) for name, count in source.shards()]
+    if found.words is not None or not all(word for word, _ in splits):
+        return found
+    return replace(found, words=[str(word) for word, count in splits for _ in range(count)])
+
+
+def _told(
+    where: str, table: Table, columns: Columns, paths: list[str], notes: list[str], given: list[str] | None
+) -> tuple[np.ndarray, list[str], list[str] | None, list[str]]:
+    """What a table tells of its images: labels, names of the classes, splits if there are any, and warnings.
+
+    where  begins messages
+    paths  the columns of these, and notes on how they were found
+    given  the names of the classes
+    """
     split = table.column("split", columns)
-    labels, left = _label_columns(table, columns, [split[0]] if split else [])
-    cells = _cells(table, [*labels, *([split[0]] if split else [])])
-    words = [_split_of(cell, f"{table.title} {place}") for place, cell in cells[split[0]]] if split else None
-    if words is None and all(splits := [split_of_shard(name) for name, _ in source.shards()]):
-        words = [str(word) for word, (_, count) in zip(splits, source.shards()) for _ in range(count)]
-    warnings = [*(split[1] if split else ()), *left]
-    numbers, names = _labels(table.title, {name: cells[name] for name in labels}, None, warnings)
-    return LabelledImages("", [*map(source.name, range(len(source)))], numbers, names, words, warnings, {}, source)
+    splits, of_split = ([split[0]], split[1]) if split else ([], [])
+    labels, left = _label_columns(table, columns, [*paths, *splits])
+    cells = _cells(table, [*labels, *splits])
+    words = [_split_of(cell, f"{where} {place}") for place, cell in cells[splits[0]]] if splits else None
+    warnings = [*table.notes, *notes, *of_split, *left]
+    numbers, names = _labels(where, {name: cells[name] for name in labels}, given, warnings)
+    return numbers, names, words, warnings
 
 
 def found_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path) -> list[str]:
@@ -135,8 +145,8 @@ def found_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path)
 
 def _cells(table: Table, names: list[str]) -> dict[str, Cells]:
     found: dict[str, Cells] = {name: [] for name in names}
-    for number, row in table.cells(*names):
-        for name, cell in zip(names, row, strict=True):
+    for number, row in table.cells(*found):
+        for name, cell in zip(found, row, strict=True):
             found[name].append((f"{table.unit} {number}", cell))
     return found
 

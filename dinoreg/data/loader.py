@@ -116,31 +116,14 @@ class Batch:
     places: Tensor | None = None  # (2, L, B, 2, 3) where the local crops lie in the global ones, see `crops.places`
 
 
-class _Slot:
-    """The memory that workers write one batch's crops to.
-
-    groups  crops of `Views.groups`, of `dtype`: (2B, C, H, W), (L*B, C, h, w), (2B, C, H', W'); channels innermost
-    """
-
-    def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
-        channels = views.in_channels
-        self.groups = [
-            torch.empty(count * batch_size, size, size, channels, dtype=dtype, pin_memory=pinned).permute(0, 3, 1, 2)
-            for count, size in views.groups
-        ]
-        # One view per crop, made once: slicing for every crop would cost as much as planning it.
-        rows = [row for group in self.groups for row in group.split(1)]
-        self.views = [rows[image::batch_size] for image in range(batch_size)]
-        self.copied: torch.cuda.Event | None = None  # set while the device may still be reading
-
-
 @dataclass
 class _Job:
     """One batch in the making; what has no default is set when the batch is planned."""
 
     position: int
-    slot: _Slot
-    planned: Future[list[Future[None]]] | None = None  # None without workers
+    planned: Future[list[Future[None]]] = field(init=False)
+    groups: list[Tensor] = field(init=False)  # of `Views.groups`: (2B, C, H, W), (L*B, C, h, w), (2B, C, H', W')
+    crops: list[list[Tensor]] = field(init=False)  # (1, C, h, w) views of them, by image and view
     ids: np.ndarray = field(init=False)  # (B,)
     epochs: np.ndarray = field(init=False)  # (B,)
     boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
@@ -188,51 +171,37 @@ class _Engine:
     batch_size: int
     seed: int
     device: torch.device
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.uint8  # of crops as they are cut
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.source.groups(), self.seed)
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
         self.on_wait: Callable[[float], None] = lambda seconds: None
         self.stopping = False
-        workers = num_workers(self.options.workers, self.device)
-        self.pool: ThreadPoolExecutor | None = None
-        self.threads: list[threading.Thread] = []
-        if workers:
-            self.pool, self.threads = _start_pool(workers)
-        num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
+        workers = max(1, num_workers(self.options.workers, self.device))
+        self.pool, self.threads = _start_pool(workers)
+        num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * workers
         size = -(-self.batch_size // num_parts)
         self.parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
 
     def stop(self) -> None:
         self.stopping = True
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            # An abandoned loader may be collected in a worker, which cannot wait for itself; a read may never end.
-            until = time.monotonic() + _LEAVE
-            for thread in self.threads if threading.current_thread() not in self.threads else ():
-                thread.join(max(0.0, until - time.monotonic()))
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        # An abandoned loader may be collected in a worker, which cannot wait for itself; a read may never end.
+        until = time.monotonic() + _LEAVE
+        for thread in self.threads if threading.current_thread() not in self.threads else ():
+            thread.join(max(0.0, until - time.monotonic()))
 
     def start(self, job: _Job) -> None:
-        """Have the workers prepare a job; without workers, `finish` does."""
-        if self.pool is not None:
-            job.planned = self.pool.submit(self._plan_and_share, job, self.pool)
+        """Have the workers prepare a job."""
+        job.planned = self.pool.submit(self._plan_and_share, job)
 
     def finish(self, job: _Job) -> None:
         """Wait for a job; raises what a worker raised."""
-        if job.planned is not None:
-            for part in self._wait_for(job.planned):
-                self._wait_for(part)
-            return
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
-        try:
-            self._plan(job)
-            for first, last in self.parts:
-                self._fill(job, first, last)
-        finally:
-            torch.set_num_threads(num_threads)
+        for part in self._wait_for(job.planned):
+            self._wait_for(part)
 
     def _wait_for(self, future: Future[T]) -> T:
         started = time.monotonic()
@@ -240,13 +209,21 @@ class _Engine:
             self.on_wait(time.monotonic() - started)
         return future.result()
 
-    def _plan_and_share(self, job: _Job, pool: ThreadPoolExecutor) -> list[Future[None]]:
+    def _plan_and_share(self, job: _Job) -> list[Future[None]]:
         self._plan(job)
-        return [pool.submit(self._fill, job, first, last) for first, last in self.parts]
+        return [self.pool.submit(self._fill, job, first, last) for first, last in self.parts]
 
     def _plan(self, job: _Job) -> None:
-        """Draw everything random that a batch needs: ids, boxes, colour changes, masks."""
+        """Make room for a batch and draw everything random that it needs: ids, boxes, colour changes, masks."""
         batch, num_views, mask = self.batch_size, len(self.views.sizes), self.views.mask
+        # Pinned memory is PyTorch's own, which hands it out again when the device has read it. Channels lie innermost.
+        pinned, channels = self.device.type == "cuda", self.views.in_channels
+        job.groups = [
+            torch.empty(count * batch, size, size, channels, dtype=self.dtype, pin_memory=pinned).permute(0, 3, 1, 2)
+            for count, size in self.views.groups
+        ]
+        rows = [row for group in job.groups for row in group.split(1)]  # crop-major
+        job.crops = [rows[image::batch] for image in range(batch)]
         job.ids, job.epochs = self.sampler.at(job.position + self.rank * batch + np.arange(batch))
 
         def numbers(stream: int, count: int) -> np.ndarray:
@@ -266,7 +243,7 @@ class _Engine:
             mirrored = np.zeros_like(job.colours[0])
             flips = [photometric.P.HFLIP, photometric.P.VFLIP, photometric.P.TURN]
             mirrored[:, flips] = job.colours[0][:, flips]
-            job.colours = [*job.colours[: len(job.slot.groups) - 1], mirrored]
+            job.colours = [*job.colours[: len(job.groups) - 1], mirrored]
         step = job.position // (batch * self.world_size)
         grid = (self.views.crops.global_size // self.views.patch_size,) * 2
         # The crop's number does not depend on the processes, unless each spreads the hidden shares over its own crops.
@@ -281,13 +258,10 @@ class _Engine:
         checked = job.position < _CHECKED * self.world_size and not job.epochs.any()
         job.checksums = np.zeros(batch * checked, dtype=np.int64)
         job.augmented = []
-        if self.device.type == "cuda":
+        if pinned:
             job.masks = [tensor.pin_memory() for tensor in job.masks]
         elif self.device.type == "cpu":
-            job.augmented = [torch.empty(crops.shape) for crops in job.slot.groups]
-        if job.slot.copied is not None:
-            job.slot.copied.synchronize()
-            job.slot.copied = None
+            job.augmented = [torch.empty(crops.shape) for crops in job.groups]
 
     def _fill(self, job: _Job, first: int, last: int) -> None:
         """Crop images first..last of a batch; on a CPU augment their crops too, a cache-sized part at a time."""
@@ -295,7 +269,7 @@ class _Engine:
             if self.stopping:
                 return
             self._fill_row(job, row)
-        for pixels, colours, out in zip(job.slot.groups, job.colours, job.augmented):
+        for pixels, colours, out in zip(job.groups, job.colours, job.augmented):
             rows = np.arange(len(pixels)).reshape(-1, self.batch_size)[:, first:last].ravel()  # crop-major
             photometric.augment(pixels, colours, self.views.augment, out, rows)
 
@@ -335,7 +309,7 @@ class _Engine:
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
         if self.views.related:
             job.cut[row] = boxes[: len(sizes)]
-        for box, out in zip(boxes, job.slot.views[row]):
+        for box, out in zip(boxes, job.crops[row]):
             geometry.cut_crop(pixels, box, out)
 
 
@@ -347,12 +321,17 @@ def seconds_per_image(source: Source, views: Views, reading: DataConfig, augment
     """
     indices = np.unique(np.linspace(0, len(source) - 1, _TIMED).astype(np.int64))
     chosen, device = ChosenSource(source, indices), torch.device("cpu" if augmented else "meta")
-    engine = _Engine(chosen, views, replace(reading, workers=0), len(indices), 0, device, 0, 1)
+    engine = _Engine(chosen, views, replace(reading, workers=1), len(indices), 0, device)
     seconds = []
-    for _ in range(2):  # the first time pays for what is loaded only once
-        started = time.perf_counter()
-        engine.finish(_Job(0, _Slot(len(indices), views, torch.uint8, pinned=False)))
-        seconds.append((time.perf_counter() - started) / len(indices))
+    try:
+        for _ in range(2):  # the first time pays for what is loaded only once
+            started = time.perf_counter()
+            job = _Job(0)
+            engine.start(job)
+            engine.finish(job)
+            seconds.append((time.perf_counter() - started) / len(indices))
+    finally:
+        engine.stop()
     return min(seconds)
 
 
@@ -380,8 +359,8 @@ class BatchLoader:
     ) -> None:
         """Start the workers; they prepare nothing before the first batch is asked for.
 
-        reading     workers (0: images are read in the consumer's own thread, when it asks), prefetch, max_bad_fraction
-                    and max_pixels count
+        reading     workers (0: one, which reads when a batch is asked for), prefetch, max_bad_fraction and max_pixels
+                    count
         batch_size  images B of this process; all processes together advance by B * world_size
         position    where to start, a multiple of B * world_size
         deep        keep crops as floats, for data sets of more than eight bits; else they are rounded to bytes
@@ -393,13 +372,11 @@ class BatchLoader:
         self.batch_size, self.max_bad_fraction = batch_size, reading.max_bad_fraction
         self.bad: dict[str, str] = {}
         self._stride = batch_size * world_size
-        self._delivered = self._submitted = position
-        self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size)
-        self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
-        self._ahead = 0 if self._engine.pool is None else reading.prefetch
+        self.position = self._submitted = position  # samples drawn with the last batch, by all processes together
         pixels = torch.float32 if deep else torch.uint8
-        pinned = self.device.type == "cuda"
-        self._free = collections.deque(_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1))
+        self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size, pixels)
+        self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
+        self._ahead = 0 if reading.workers == 0 else reading.prefetch
         self._jobs: collections.deque[_Job] = collections.deque()
 
     def __iter__(self) -> BatchLoader:
@@ -423,11 +400,6 @@ class BatchLoader:
         self._engine.on_wait = call
         return self
 
-    @property
-    def position(self) -> int:
-        """Samples drawn up to and with the last batch handed out, by all processes together."""
-        return self._delivered
-
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
             raise RunError("data: the loader is closed")
@@ -442,15 +414,14 @@ class BatchLoader:
         position = job.position + self._stride
         self._count_bad(job, position)
         batch = self._deliver(job, position)
-        self._delivered = position
-        self._free.append(job.slot)
+        self.position = position
         self._submit(self._ahead)  # the workers go on while the caller computes
         batch.data_time = time.perf_counter() - started
         return batch
 
     def _submit(self, ahead: int) -> None:
         while len(self._jobs) < ahead:
-            job = _Job(self._submitted, self._free.popleft())  # whose copies were queued first
+            job = _Job(self._submitted)
             self._submitted += self._stride
             self._jobs.append(job)
             self._engine.start(job)
@@ -459,12 +430,9 @@ class BatchLoader:
         """The batch on the device; there the crops are augmented, without waiting for it."""
         crops = job.augmented or [
             photometric.augment(self._send(pixels), colours, self.views.augment)
-            for pixels, colours in zip(job.slot.groups, job.colours)
+            for pixels, colours in zip(job.groups, job.colours)
         ]
         mask, mask_indices, mask_weights = map(self._send, job.masks)
-        if self.device.type == "cuda":
-            job.slot.copied = torch.cuda.Event(blocking=True)  # a worker that waits for it sleeps
-            job.slot.copied.record(torch.cuda.current_stream(self.device))
         local_crops = crops[1] if self.views.crops.num_local else None
         return Batch(
             crops[0],

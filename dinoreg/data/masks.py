@@ -6,36 +6,18 @@ step, crop): a process that needs some crops of a step computes the masks of the
 """
 
 import math
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.config.view_settings import MaskSettings
+from dinoreg.data.rng import generator
 from dinoreg.runtime.errors import UserError
 
 _TRIES = 10  # rectangles tried before a mask is left short of its target
 _STREAM = 0x6D61736B73  # names this use of the seed, "masks"
 _ASSIGNMENT = 1 << 63  # the crop number, out of reach of real ones, under which the assignment is drawn
-_BLOCK = 16  # rectangles drawn at once; most masks need fewer
-
-
-def _streams(seed: int, step: int, process: int) -> Callable[[int], np.random.Generator]:
-    """The random streams of a step, by the number of the crop.
-
-    One generator is moved to the start of the stream asked for; a new one costs a third of a mask.
-    """
-    philox = np.random.Philox(key=np.array([seed % 2**64, _STREAM], dtype=np.uint64))
-    start, generator = philox.state, np.random.Generator(philox)
-
-    def stream(crop: int) -> np.random.Generator:
-        # The lowest counter word counts the draws of a stream, the others tell the streams apart.
-        start["state"]["counter"] = np.array([0, crop, step, process], dtype=np.uint64)
-        philox.state = start
-        return generator
-
-    return stream
 
 
 def block_masks(
@@ -70,22 +52,15 @@ def block_masks(
     # The n equal ranges of the hidden share lie between n + 1 edges, one range for each of the n masked crops.
     # Crop c draws from range stratum[c]; a number from n up leaves it unmasked.
     edges = np.linspace(*settings.ratio, int(num_crops * settings.probability) + 1)
-    stream = _streams(seed, step, process)
-    stratum = stream(_ASSIGNMENT).permutation(num_crops)
+    stratum = generator(seed, _STREAM, _ASSIGNMENT, step, process).permutation(num_crops)
     masks = np.zeros((count, height, width), dtype=bool)
     for row, mask in enumerate(masks):
         i = stratum[first + row]
         if i < len(edges) - 1:
-            rng = stream(first + row)
+            rng = generator(seed, _STREAM, first + row, step, process)
             share = edges[i] + (edges[i + 1] - edges[i]) * rng.random()
             _hide_blocks(mask, int(height * width * share), settings, rng)
     return masks.reshape(count, height * width)
-
-
-def _uniforms(rng: np.random.Generator) -> Iterator[list[float]]:
-    """Endless rows of four uniform numbers, drawn many at a time because each call has a fixed cost."""
-    while True:
-        yield from rng.random((_BLOCK, 4)).tolist()
 
 
 def _hide_blocks(mask: np.ndarray, target: int, settings: MaskSettings, rng: np.random.Generator) -> None:
@@ -93,12 +68,11 @@ def _hide_blocks(mask: np.ndarray, target: int, settings: MaskSettings, rng: np.
     height, width = mask.shape
     min_patches, log_aspect = settings.min_patches, math.log(settings.aspect)
     max_patches = height // 2 * width  # that one rectangle may add
-    draws = _uniforms(rng)
     hidden = 0
     while hidden < target:
         room = min(target - hidden, max_patches)
         for _ in range(_TRIES):
-            u_area, u_aspect, u_top, u_left = next(draws)
+            u_area, u_aspect, u_top, u_left = rng.random(4).tolist()
             # With less room than min_patches the range runs downwards: smaller rectangles complete the mask.
             area = min_patches + (room - min_patches) * u_area
             half_log = (0.5 - u_aspect) * log_aspect  # log of the square root of height / width

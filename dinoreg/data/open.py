@@ -5,9 +5,11 @@ import re
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
+from dinoreg.config.option import Options, build, dotted, option, typed
 from dinoreg.data.declared import KINDS, find_named, open_named
 from dinoreg.data.folder_index import PathBlock, index_folder, kept_index
 from dinoreg.data.labelled import LabelledImages
@@ -118,7 +120,7 @@ def _open_files(spec: str, columns: Columns, index_dir: str | os.PathLike[str] |
 
 def _open_shards(shards: Shards, columns: Columns, index_dir: str | os.PathLike[str] | None) -> Source:
     if shards.ending == ".tar":
-        return index_tars(shards.root, index_dir, archives=shards.names)
+        return index_tars(shards, index_dir)
     if shards.ending == ".parquet":
         return index_parquet(shards, columns, index_dir)
     return PathSource(shards.root, PathBlock.of(shards.names))
@@ -197,21 +199,19 @@ def is_scenes(spec: str) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Scenes(Options, section="scenes"):
+    """What is behind "scenes:"."""
+
+    count: int = option(20_000, "drawn pictures", low=1, high=10**9)
+    size: int = option(64, "pixels a side", low=16, high=4096)
+    seed: int = option(0, "of the drawing", low=0, high=2**63 - 1)
+    first: int = option(0, "number of the first one", low=0, high=2**62)
+
+
 def _open_scenes(options: str) -> ScenesSource:
-    values = {"count": 20_000, "size": 64, "seed": 0, "first": 0}
-    bounds = {"count": (1, 10**9), "size": (16, 4096), "seed": (0, 2**63 - 1), "first": (0, 2**62)}
-    for option in filter(None, options.split(",")):
-        key, _, text = option.partition("=")
-        if key not in values:
-            raise UserError(f"data: scenes has no option {key!r}, expected {', '.join(values)}")
-        try:
-            values[key] = int(text)
-        except ValueError:
-            raise UserError(f"data: scenes:{key}={text!r} is not a whole number") from None
-        low, high = bounds[key]
-        if not low <= values[key] <= high:
-            raise UserError(f"data: scenes:{key}={text}, expected {low} to {high}")
-    return ScenesSource(**values)
+    given = typed(dotted(filter(None, options.split(","))), _Scenes, f"data=scenes:{options}")
+    return ScenesSource(**vars(build(_Scenes, given)))
 
 
 def _open_list(

@@ -53,3 +53,15 @@ def uniforms(
     counters[..., 3] = np.asarray(epochs, dtype=np.uint64)[:, None, None]
     words = philox(seed, counters).reshape(len(ids), num_views, blocks * 4)
     return words[..., :count] * 2.0**-32
+
+
+def generator(seed: int, stream: int, first: int, second: int, third: int = 0) -> np.random.Generator:
+    """The random numbers of one use of the seed at one place, which no other place has.
+
+    stream         below 2**64, what the numbers are for
+    first … third  below 2**64, the place
+    """
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    # The lowest word counts the draws, the others tell the places apart.
+    counter = np.array([0, first, second, third], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

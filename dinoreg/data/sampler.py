@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from dinoreg.data.rng import philox
+from dinoreg.data.rng import generator, philox
 from dinoreg.data.source import Group
 from dinoreg.runtime.errors import UserError
 
@@ -82,7 +82,7 @@ class Sampler:
 def _block_order(seed: int, quotas: np.ndarray, block: int) -> np.ndarray:
     """(2, block): the group of each position, and its rank among the block's positions of that group."""
     group = np.repeat(np.arange(len(quotas)), quotas)
-    group = _generator(seed, _BLOCK_STREAM, 0, block).permutation(group)
+    group = generator(seed, _BLOCK_STREAM, 0, block).permutation(group)
     rank = np.empty_like(group)
     rank[np.argsort(group, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
     return np.stack([group, rank])
@@ -92,22 +92,17 @@ def _epoch_order(seed: int, groups: list[Group], number: int, epoch: int) -> np.
     """The permutation of one group's samples in one epoch."""
     length, parts = groups[number].length, groups[number].parts
     samples = np.arange(length, dtype=np.uint32 if length < 2**32 else np.uint64)
-    generator = _generator(seed, _EPOCH_STREAM, number, epoch)
+    random = generator(seed, _EPOCH_STREAM, number, epoch)
     if parts is None or len(parts[0]) <= parts[1]:
-        generator.shuffle(samples)
+        random.shuffle(samples)
         return samples
     starts, held = parts
-    sizes, order = np.diff(starts, append=length), generator.permutation(len(starts))
+    sizes, order = np.diff(starts, append=length), random.permutation(len(starts))
     ends = np.cumsum(sizes[order])
     samples += np.repeat(starts[order] - ends + sizes[order], sizes[order]).astype(samples.dtype)
     for window in np.split(samples, ends[held - 1 : -1 : held]):
-        generator.shuffle(window)
+        random.shuffle(window)
     return samples
-
-
-def _generator(seed: int, stream: int, number: int, which: int) -> np.random.Generator:
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, number, which, 0], dtype=np.uint64)))
 
 
 def _quotas(weights: list[float], block: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -168,33 +169,25 @@ def stamp_of_files(start: bytes, paths: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _render(index: int, size: int, seed: int) -> np.ndarray:
+    from dinoreg.scenes.render import render_image  # a tenth of a start that only looks for files
+
+    return render_image(index, size, seed)
+
+
 class ScenesSource(Source):
-    """The embedded procedural pictures first..first+count, rendered when first read, then kept in memory."""
+    """The embedded procedural pictures first..first+count, rendered when read, kept in memory as far as they fit."""
 
     def __init__(self, count: int = 20_000, size: int = 64, seed: int = 0, first: int = 0) -> None:
         self.count, self.size, self.seed, self.first = count, size, seed, first
-        cached = min(count, SCENES_CACHE_BYTES // (size * size * 3))
-        # Memory is only taken page by page as scenes are stored.
-        self._cache = np.empty((cached, size, size, 3), dtype=np.uint8)
-        self._filled = np.zeros(cached, dtype=bool)
+        self._render = lru_cache(SCENES_CACHE_BYTES // (size * size * 3))(partial(_render, size=size, seed=seed))
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int) -> np.ndarray:
         """The rendered scene, (size, size, 3) uint8; not to be written to."""
-        if index < len(self._filled):
-            if not self._filled[index]:
-                # Two threads may render the same scene; both write the same pixels.
-                self._cache[index] = self._render(index)
-                self._filled[index] = True
-            return self._cache[index]
-        return self._render(index)
-
-    def _render(self, index: int) -> np.ndarray:
-        from dinoreg.scenes.render import render_image  # a tenth of a start that only looks for files
-
-        return render_image(self.first + index, self.size, self.seed)
+        return self._render(self.first + index)
 
     def name(self, index: int) -> str:
         """`scenes:NUMBER`."""

@@ -18,9 +18,8 @@ from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled,
 from dinoreg.models.registry import parse_name
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.parallel import parallel, show_progress
 from dinoreg.runtime.printable import print_status
-from dinoreg.runtime.progress import show_progress
 from dinoreg.runtime.templates import render
 
 _PERCENTILES = (0, 5, 50, 95, 100)

@@ -1,8 +1,7 @@
 """Images inside uncompressed tar archives, read by position: ImageNet-22k's, one a class, and WebDataset's shards.
 
-Where an archive's members lie is found once: in DINOv2's `extra/entries.npy`, or else by walking the headers; what was
-found is kept beside the other indexes. Nothing is unpacked, no name of a member is ever used as a path, and every read
-is checked against the header that it starts with.
+Where an archive's members lie is found once, by walking the headers, and kept beside the other indexes. Nothing is
+unpacked, no name of a member is ever used as a path, and every read is checked against the header that it starts with.
 
 Shards are not streamed through a buffer, as the webdataset package does: a stream has no length, an order that depends
 on the number of its readers, and no place to go on from. By an index every image is drawn once an epoch in an order
@@ -18,26 +17,23 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, kept_index
-from dinoreg.data.shards import states_of
+from dinoreg.data.shards import Shards, states_of
 from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.data.tables import INDEX, Columns, Table, may_tell, text_of
-from dinoreg.runtime.errors import UserError, readable, reworded
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.parallel import parallel
-from dinoreg.runtime.places import is_url, joined, opened, read_range
+from dinoreg.runtime.places import joined, opened, read_range
 from dinoreg.runtime.printable import print_status
-from dinoreg.runtime.regular_files import load_array
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
 _MOST_OF_LABELS = 1 << 20  # bytes of the labels of one picture
 _VERSION = 2
-_CHUNK = 1 << 20  # rows of an entries.npy looked at together
 _THREADS = 8  # archives indexed at once; the time goes into waiting for the disk
 _WORTH_SAYING = 1 << 30  # bytes of archives from which on indexing them takes long enough to be announced
 
@@ -106,47 +102,30 @@ class TarSource(Source):
         return joined(self.root, self.archives[int(self.archive[index])])
 
 
-def index_tars(
-    root: str | os.PathLike[str],
-    index_dir: str | os.PathLike[str] | None = None,
-    extra: str | os.PathLike[str] | None = None,
-    archives: Sequence[str] | None = None,
-) -> TarSource:
-    """The images in the archives `root/*.tar`: archives in the order of their names, members as they lie.
+def index_tars(shards: Shards, index_dir: str | os.PathLike[str] | None = None) -> TarSource:
+    """The images in tar archives: archives in their order, members as they lie.
 
-    root       a folder, or its URL
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is done without
-    extra      the folder of DINOv2's `entries.npy`; by default `root/extra`, where there is one
-    archives   names below `root`, which may have folders, in place of all in the folder itself
 
     Members count as images by their extension, as files of a folder do; links, folders and hidden files are left out.
-    Raises UserError, in one line, for no archives, a damaged one, or a listing that does not fit them.
+    Raises UserError, in one line, for a damaged archive, and for archives without an image.
     """
-    root = str(root) if is_url(root) else os.path.abspath(root)
-    chosen, archives = archives, _archives(root) if archives is None else archives
-    entries = Path(extra or os.path.join(root, "extra")) / "entries.npy"
-    has_entries = chosen is None and entries.is_file()
-    if extra is not None and not has_entries:
-        raise UserError(f"data: {entries} is missing, expected DINOv2's table of the images in the archives of {root}")
-    states = states_of([*(joined(root, name) for name in archives), *([str(entries)] if has_entries else [])])
-    sizes = np.array([size for _, size, _ in states[: len(archives)]], dtype=np.int64)
+    places = [joined(shards.root, name) for name in shards.names]
+    states = states_of(places)
 
     def find() -> dict[str, np.ndarray]:
-        return _from_entries(root, entries, archives, sizes) if has_entries else _from_headers(root, archives, sizes)
+        if sum(size for _, size, _ in states) > _WORTH_SAYING:
+            print_status(f"data: finding the images in {len(places):,} archives of {shards.root}, once")
+        blocks, ends = zip(*parallel(lambda number: _images_of(places[number]), range(len(places)), _THREADS))
+        start, end = np.ascontiguousarray(np.concatenate(ends).T)
+        archive = np.repeat(np.arange(len(ends), dtype=np.int32), [len(each) for each in ends])
+        return {"names": np.frombuffer(b"".join(blocks), np.uint8), "archive": archive, "start": start, "end": end}
 
-    kept = kept_index("\0".join(("tars", root, str(entries), *(chosen or ()))), (_VERSION, states), index_dir, find)
+    kept = kept_index("\0".join(("tars", *places)), (_VERSION, states), index_dir, find)
     if not len(kept["start"]):
-        raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
-    return TarSource(root, archives, PathBlock(kept["names"].tobytes()), kept["archive"], kept["start"], kept["end"])
-
-
-def _archives(root: str) -> list[str]:
-    """The names of the archives in a folder, ascending."""
-    with readable(f"data: the folder {root}"), os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
-    if not names:
-        raise UserError(f"data: no .tar archives in {root}")
-    return names
+        raise UserError(f"data: no image files in the {len(places)} archives of {shards.root}")
+    names = PathBlock(kept["names"].tobytes())
+    return TarSource(shards.root, shards.names, names, kept["archive"], kept["start"], kept["end"])
 
 
 def sidecars(source: TarSource, title: str, columns: Columns) -> Table:
@@ -193,56 +172,11 @@ def _fields(name: str, text: bytes, columns: Columns) -> dict[str, str | None]:
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Two ways to find the members
-
-
-def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
-    with reworded(f"data: {entries} is not a readable array", OSError, ValueError):
-        table = load_array(entries, mmap_mode="r")
-    wanted = {"class_id", "start_offset", "end_offset", "filename"}
-    if table.ndim != 1 or not wanted <= set(table.dtype.names or ()):
-        raise UserError(f"data: {entries} has no columns {', '.join(sorted(wanted))}")
-    numbers = {name.removesuffix(".tar"): number for number, name in enumerate(archives)}
-    archive = np.empty(len(table), dtype=np.int32)
-    start, end = (table[column].astype(np.int64) for column in ("start_offset", "end_offset"))
-    blocks: list[bytes] = []
-    for first in range(0, len(table), _CHUNK):
-        rows = np.asarray(table[first : first + _CHUNK])
-        ids = rows["class_id"]
-        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))  # of runs of one class
-        names_of_runs = [str(name) for name in ids[starts]]
-        unknown = [name for name in names_of_runs if name not in numbers]
-        if unknown:
-            raise UserError(f"data: {entries} lists images of {unknown[0]}, but {root} has no {unknown[0]}.tar")
-        lengths = np.diff(np.append(starts, len(ids)))
-        archive[first : first + len(rows)] = np.repeat([numbers[name] for name in names_of_runs], lengths)
-        blocks.append(PathBlock.of(rows["filename"].tolist()).block)
-    names = PathBlock(b"".join(blocks))
-    outside = np.flatnonzero((start < 0) | (end < start + BLOCK) | (end > sizes[archive]))
-    if len(outside) or len(names) != len(table):
-        at = int(outside[0]) if len(outside) else 0
-        raise UserError(
-            f"data: {entries}: {table[at]['filename']} at bytes {start[at]}..{end[at]} does not lie in "
-            f"{archives[archive[at]]} of {sizes[archive[at]]} bytes; without this file the archives are indexed anew"
-        )
-    return {"names": names.as_array(), "archive": archive, "start": start, "end": end}
-
-
-def _from_headers(root: str, archives: Sequence[str], sizes: np.ndarray) -> dict[str, np.ndarray]:
-    if sizes.sum() > _WORTH_SAYING:
-        print_status(f"data: finding the images in {len(archives):,} archives of {root}, once")
-
-    def look(number: int) -> tuple[bytes, np.ndarray]:
-        images = [each for each in members_of(joined(root, archives[number])) if is_image(each[0])]
-        ends = np.array([each[1:] for each in images], dtype=np.int64).reshape(-1, 2)
-        return PathBlock.of([name for name, _, _ in images]).block, ends
-
-    blocks, ends = zip(*parallel(look, range(len(archives)), _THREADS))
-    start, end = np.ascontiguousarray(np.concatenate(ends).T)
-    archive = np.repeat(np.arange(len(ends), dtype=np.int32), [len(each) for each in ends])
-    return {"names": np.frombuffer(b"".join(blocks), np.uint8), "archive": archive, "start": start, "end": end}
+def _images_of(path: str) -> tuple[bytes, np.ndarray]:
+    """The images of an archive: their names as a `PathBlock` has them, and (n, 2) int64 where each starts and ends."""
+    images = [each for each in members_of(path) if is_image(each[0])]
+    ends = np.array([each[1:] for each in images], dtype=np.int64).reshape(-1, 2)
+    return PathBlock.of([name for name, _, _ in images]).block, ends
 
 
 def is_image(name: str) -> bool:

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,12 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoreg.distributed.failures import Peers
-from dinoreg.distributed.waiting import announced
+from dinoreg.distributed.waiting import Meetings, Place
 from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
 _NCCL_GRACE_SECONDS = 120.0
-_ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,7 +89,6 @@ class Ranks:
         """(n, …) of each process -> (G·n, …), in the order of the ranks; `tensor` itself on one process. No gradient.
 
         group_size  number G of consecutive ranks that gather among themselves, a divisor of world_size; None: all
-        raises      UserError where the processes do not divide into such groups
         """
         size = self.world_size if group_size is None else group_size
         if size == 1:
@@ -107,8 +104,6 @@ class Ranks:
         """The process group of this rank's `size` consecutive ranks; None, the default group, for all."""
         if size == self.world_size:
             return None
-        if self.world_size % size:
-            raise UserError(f"{self.world_size} processes do not divide into groups of {size}")
         if size not in self._subgroups:
             self._subgroups[size], _ = dist.new_subgroups(size)
         return self._subgroups[size]
@@ -247,21 +242,6 @@ def is_collective_failure(error: BaseException) -> bool:
 # A process's place
 
 
-@dataclass(frozen=True)
-class Place:
-    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens.
-
-    told_by  the environment variable that says how many processes there are
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str
-    port: int
-    told_by: str = "WORLD_SIZE"
-
-
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place that torchrun or srun gave this process; None for a single process.
 
@@ -294,25 +274,6 @@ def int_of(environment: Mapping[str, str], name: str, default: int = 0) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"{name}={text}: expected a whole number in the environment") from None
-
-
-def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -> int:
-    """The index of a process's CUDA device.
-
-    local_rank        the process's rank on its machine
-    device_count      devices that the process can see
-    local_world_size  processes on the machine, for the message
-    raises            UserError where the machine has fewer devices than processes
-
-    A scheduler that binds each process to one device shows it that device alone, as number 0; that no two processes
-    share it is checked later, by `session`.
-    """
-    if local_rank < device_count:
-        return local_rank
-    if device_count == 1:
-        return 0
-    what = f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices"
-    raise UserError(f"{what}; {_ASK_FOR_FEWER}")
 
 
 def is_main_process() -> bool:
@@ -389,50 +350,29 @@ def _leave(ranks: Ranks, owns_group: bool, healthy: bool) -> None:
 def _join(place: Place, device: str, timeout: float) -> None:
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda and torch.cuda.is_available():
-        local_world_size = int_of(os.environ, "LOCAL_WORLD_SIZE", place.world_size)
-        torch.cuda.set_device(pick_cuda_index(place.local_rank, torch.cuda.device_count(), local_world_size))
+        # A scheduler may show each process one device alone; that no two share one is checked once they have met.
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     os.environ.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.address, MASTER_PORT=str(place.port)
     )
     # Else NCCL's monitor asks rank 0 every second for a dump that nobody reads, and reports at length when it is gone.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    meeting = _meetings.setdefault((place.address, place.port), _Meeting())
-    why = f"{place.told_by}={place.world_size}"
+    meetings = _meetings.setdefault((place.address, place.port), Meetings())
     try:
-        with announced(place.rank, place.world_size, place.address, place.port, why, meeting.sessions):
-            dist.init_process_group(
-                "cuda:nccl,cpu:gloo" if cuda else "gloo",
-                store=meeting.next_store(timedelta(seconds=timeout)),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
-            )
-    except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        meeting.store = None  # another attempt needs a new store
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if cuda else "gloo",
+            store=meetings.next_store(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # DistError is a RuntimeError
+        meetings.store = None  # another attempt needs a new one
         where = f"{place.address}:{place.port} within {timeout:.0f} s ({str(error).splitlines()[0][:200]})"
         raise RunError(f"rank {place.rank} of {place.world_size} could not meet the others at {where}") from None
 
 
-@dataclass
-class _Meeting:
-    """The store through which this process meets the others, and the number of sessions so far.
-
-    The store outlives a session: otherwise a process that is ahead would find it closing at its next session.
-    """
-
-    store: dist.Store | None = None
-    sessions: int = 0
-
-    def next_store(self, timeout: timedelta) -> dist.Store:
-        """The store under a new prefix, so that a session does not find the addresses of earlier ones."""
-        if self.store is None:
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        self.store.set_timeout(timeout)
-        self.sessions += 1
-        return dist.PrefixStore(f"dinoreg-{self.sessions}", self.store)
-
-
-_meetings: dict[tuple[str, int], _Meeting] = {}  # by address and port
+_meetings: dict[tuple[str, int], Meetings] = {}  # by address and port
 
 
 def _check_devices(device: str, ranks: Ranks) -> None:
@@ -443,4 +383,5 @@ def _check_devices(device: str, ranks: Ranks) -> None:
     sharing = [rank for rank, other in enumerate(ranks.gather_objects(own)) if other == own]
     if len(sharing) > 1:
         what = "share one CUDA device: their machine has fewer devices than processes"
-        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {_ASK_FOR_FEWER}")
+        do = "ask for as many processes as there are devices (or device=cpu)"
+        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {do}")

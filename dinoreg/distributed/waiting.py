@@ -1,66 +1,80 @@
-"""Saying who is waited for while the processes of a run meet, so that a process that is alone does not wait in silence.
+"""Meeting: the processes of a run wait for one another in a store, and one that is alone does not wait in silence.
 
-Each waiting process leaves its rank in the store where they meet; the lowest rank says which ones are missing.
+The lowest of those that are there says who is missing.
 """
-
-from __future__ import annotations
 
 import os
 import socket
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-# Seconds after which a waiting process makes itself known, and after which the missing ones are named, then again.
-KNOWN_SECONDS, FIRST_SECONDS, AGAIN_SECONDS = 2.0, 10.0, 300.0
-_LISTED = 8
+from dinoreg.runtime.printable import listed, print_status
+
+# Seconds after which the missing processes are named, and then again.
+FIRST_SECONDS, AGAIN_SECONDS = 10.0, 300.0
 
 
-@contextmanager
-def announced(rank: int, world_size: int, address: str, port: int, why: str, session: int) -> Iterator[None]:
-    """A context in which stderr gets a line on the missing processes, after `FIRST_SECONDS` and rarely after that.
+@dataclass(frozen=True)
+class Place:
+    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens.
 
-    address, port  where rank 0 listens
-    why            the variable that says there are so many processes
-    session        number of this meeting in this process
+    told_by  the environment variable that says how many processes there are
     """
-    done = threading.Event()
 
-    def watch() -> None:
-        if done.wait(KNOWN_SECONDS):
-            return
-        prefix = f"waiting-{session}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-"
-        _ranks_here(address, port, prefix, rank, world_size)
-        pause = FIRST_SECONDS - KNOWN_SECONDS
-        while not done.wait(pause):
-            here = _ranks_here(address, port, prefix, rank, world_size)
-            missing = [str(other) for other in range(world_size) if other not in here]
-            if missing and min(here) == rank and not done.is_set():
-                more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-                ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:_LISTED])}{more}"
-                where = "" if 0 in here else f" at {address}:{port}"
-                line = f"rank {rank} of {world_size} waits for {ranks}{where} ({why})"
-                print(f"{line}; is this process alone? start it with WORLD_SIZE=1", file=sys.stderr, flush=True)
-            pause = AGAIN_SECONDS
-
-    threading.Thread(target=watch, name="dinoreg-waiting", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    told_by: str = "WORLD_SIZE"
 
 
-def _ranks_here(address: str, port: int, prefix: str, rank: int, world_size: int) -> set[int]:
-    """The ranks that have made themselves known, after this one has; without rank 0's store this one only."""
-    try:
-        # Refused at once, where the store tries on and on.
-        socket.create_connection((address, port), timeout=3.0).close()
-        store = dist.TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
-        store.set(f"{prefix}{rank}", "")
-        return {rank} | {other for other in range(world_size) if store.check([f"{prefix}{other}"])}
-    except (OSError, RuntimeError, ValueError):
-        return {rank}
+@dataclass
+class Meetings:
+    """The meetings of this process with the others at one place: their store, and how many there were.
+
+    The store outlives a session: otherwise a process that is ahead would find it closing at its next session.
+    """
+
+    store: dist.Store | None = None
+    count: int = 0
+
+    def next_store(self, place: Place, timeout: float) -> dist.Store:
+        """The store, once all processes are there, under a prefix that no other session has.
+
+        raises TimeoutError where they are not within `timeout` seconds, dist.DistError for a store that is lost
+        """
+        self.count += 1
+        # torchrun's store is that of its own processes, and of all attempts.
+        prefix = f"dinoreg-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{self.count}"
+        serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        keys = [f"{prefix}-{rank}" for rank in range(place.world_size)]
+        until, say = time.monotonic() + timeout, time.monotonic() + FIRST_SECONDS
+        where, options = (place.address, place.port), {"wait_for_workers": False, "multi_tenant": True}
+        while True:
+            with suppress(OSError):
+                if self.store is None:
+                    if not serves:  # refused at once, where the store tries on and on
+                        socket.create_connection(where, timeout=3.0).close()
+                    self.store = dist.TCPStore(*where, None, serves, timedelta(seconds=timeout), **options)
+                self.store.set(keys[place.rank], "")
+                if self.store.check(keys):
+                    return dist.PrefixStore(prefix, self.store)
+            now = time.monotonic()
+            if now >= min(until, say):
+                here = {rank for rank, key in enumerate(keys) if self.store is not None and self.store.check([key])}
+                here |= {place.rank}
+                missing = listed((rank for rank in range(place.world_size) if rank not in here), 8)
+                if now >= until:
+                    raise TimeoutError(f"missing: {missing}")
+                if min(here) == place.rank:
+                    what = f"rank {place.rank} of {place.world_size} waits for rank {missing}"
+                    at = "" if 0 in here else f" at {place.address}:{place.port}"
+                    why = f"{place.told_by}={place.world_size}"
+                    print_status(f"{what}{at} ({why}); is this process alone? start it with WORLD_SIZE=1")
+                say = now + AGAIN_SECONDS
+            time.sleep(0.2)

@@ -37,8 +37,7 @@ from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.parallel import default_workers, parallel
-from dinoreg.runtime.progress import show_progress
+from dinoreg.runtime.parallel import default_workers, parallel, show_progress
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 

@@ -81,6 +81,7 @@ class Attempt:
         self.restarts = int(os.environ.get(name) or 0)
         self.user_signal = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
         self._submitit_handler: Any = None  # checkpoints and requeues
+        self._submissions: list[subprocess.Popen[bytes]] = []  # of evaluations
 
     @property
     def step(self) -> int | None:
@@ -108,7 +109,6 @@ class Attempt:
         """
         self._delete_leftovers()
         self._export_ranks()
-        evaluations = Evaluations(self)
         try:
             if self.rank == 0:
                 self._begin()
@@ -116,12 +116,12 @@ class Attempt:
             verb, *rest = self.command.arguments
             hooks: dict[str, Any] = {}
             if self.command.evaluate and self.rank == 0:
-                hooks["on_checkpoint"] = evaluations.send
+                hooks["on_checkpoint"] = self.evaluate
             self.command.run_verb(verb, rest, **hooks)
-            evaluations.finish(SUBMISSION_SECONDS)
+            self.finish_submissions(SUBMISSION_SECONDS)
             signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: the command has finished
         except Interrupted as stop:
-            evaluations.finish(SUBMISSION_SECONDS_INTERRUPTED)
+            self.finish_submissions(SUBMISSION_SECONDS_INTERRUPTED)
             return self._leave(stop.signal_number, str(stop))
         except Exception as error:
             line = one_line(error)
@@ -168,12 +168,12 @@ class Attempt:
         if delayed is not None and delayed._timeout_min is None:  # a job without a time limit
             delayed.set_timeout(NO_TIMEOUT, delayed._timeout_countdown)
         if self.rank == 0 and callable(self._submitit_handler):
-            signal.signal(self.user_signal, lambda number, frame: sys.exit(self._exit_code(number)))
+            signal.signal(self.user_signal, self._requeue_at_once)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.user_signal})
 
-    def _exit_code(self, number: int) -> int:
+    def _requeue_at_once(self, number: int, frame: Any) -> NoReturn:
         self._leave(number, f"stopped by {signal.Signals(number).name} before it trained")
-        return 0
+        sys.exit(0)
 
     def _begin(self) -> None:
         """Note the start; RunError for a cancelled job, too many restarts, or `STUCK` of them without a checkpoint."""
@@ -237,30 +237,23 @@ class Attempt:
             raise RunError(f"could not be requeued ({error}); {self.advice}") from error
         sys.exit(0)
 
+    # --------------------------------------------------------------------------------------------------------
+    # Evaluations beside a training, by jobs of their own
 
-class Evaluations:
-    """Evaluations during a training: each checkpoint's teacher is evaluated by jobs of its own."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def send(self, step: int, teacher: Path) -> None:
+    def evaluate(self, step: int, teacher: Path) -> None:
         """Start `dinoreg launch evaluate …` for the teacher file of a step, without waiting; never raises."""
-        command = self.attempt.command
         try:
             command_line = [sys.executable, str(Path(entry.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
-            command_line += [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
-            log = self.attempt.launch / f"{self.attempt.job}_evaluate.log"
-            with open(log, "ab") as output, slurm.outside_job():
+            command_line += [*self.command.evaluate, f"weights={teacher}", f"out={self.command.run}"]
+            with open(self.launch / f"{self.job}_evaluate.log", "ab") as output, slurm.outside_job():
                 process = subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-            self.processes.append(process)
+            self._submissions.append(process)
         except Exception as error:
             print_status(f"dinoreg: step {step} is not evaluated ({one_line(error)})")
 
-    def finish(self, seconds: float) -> None:
+    def finish_submissions(self, seconds: float) -> None:
         """Wait, up to `seconds` each, for submissions in progress, which would be killed with the job."""
-        for process in self.processes:
+        for process in self._submissions:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
 

@@ -4,22 +4,20 @@ Jobs run ordinary command lines: a declaration states the command lines, their d
 dinoreg finds declarations by name or path; they import this module.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.load import Config, load_config, require_complete, to_yaml
+from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.option import nearest
-from dinoreg.config.overwrite import check_out, run_entries
+from dinoreg.config.overwrite import run_entries
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
 Arguments = tuple[str, ...]  # of the command `dinoreg`
-ONE_PROCESS: Mapping[str, Any] = {"nodes": 1, "tasks_per_node": 1}  # options of jobs such as reports
 
 
 @dataclass(frozen=True)
@@ -139,41 +137,22 @@ def find_job(name: str) -> Job:
 # Trainings, which several kinds of job submit
 
 
-@dataclass(frozen=True)
-class Training:
-    """A training as a job: run folder, command, the config file that it reads, and runs to delete first."""
+def trainings(name: str, request: Request, runs: Iterable[Sequence[str]]) -> Plan:
+    """A plan of one group, `name`, with a training of the request's config for each of `runs`, its overrides.
 
-    out: Path
-    command: Arguments
-    config_file: Path
-    config_text: str
-    clears: tuple[Path, ...]
+    The first start of a training and its restarts are the same command, independent of later changes of the config
+    file: the resolved config is written to the run's `launch/`. `overwrite=true` takes effect once, at submission.
 
-
-def training(source: str, overrides: Sequence[str]) -> Training:
-    """A training whose first start and restarts are the same command, independent of later changes of the config file.
-
-    The resolved config is written to the run's `launch/`; `overwrite=true` takes effect once, at submission.
-
-    source     a config, as for `load_config`
-    overrides  key=value
-    raises     UserError for everything that `dinoreg pretrain` would refuse before it opens the data
+    returns  with the folder of the first training
+    raises   UserError for everything that `dinoreg pretrain` would refuse before it opens the data
     """
-    config = load_config(source, overrides)
-    require_complete(config)
-    out = Path(str(config.out))
-    check_out(config, out)
-    clears = (out,) if config.overwrite and run_entries(out) else ()
-    _check_data(config)
-    path = launch_folder(out) / "config.yaml"
-    return Training(out, ("pretrain", str(path), "resume=true"), path, to_yaml(config), clears)
-
-
-def _check_data(config: Config) -> None:
-    """UserError for a missing path at submission, rather than after hours in a queue."""
-    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
-    for source in sources:
-        text = str(source)
-        is_pattern = re.search(r"[*?\[{]", text)
-        if text != "scenes" and ":" not in text and not is_pattern and not Path(text).exists():
-            raise UserError(f"data={text}: no such file or folder on this machine")
+    configs: dict[Path, Config] = {}
+    for overrides in runs:
+        request.check(("pretrain", request.source, *overrides))
+        config = load_config(request.source, overrides)
+        configs[Path(str(config.out))] = config
+    files = {launch_folder(out) / "config.yaml": to_yaml(config) for out, config in configs.items()}
+    commands = tuple(("pretrain", str(path), "resume=true") for path in files)
+    clears = tuple(out for out, config in configs.items() if config.overwrite and run_entries(out))
+    notes = tuple(f"{out}: what is there is deleted once the job is accepted" for out in clears)
+    return Plan(next(iter(configs)), (Group(name, commands, tuple(configs)),), files, clears=clears, notes=notes)

@@ -6,6 +6,7 @@ submitit's exit code for that, sends the signal to save before the time limit, a
 fails. A job's state is in `JOB_local.json`.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,12 +32,13 @@ from dinoreg.runtime.json_files import read_json, read_text
 
 POLL_SECONDS = 0.2
 TRAINING_GRACE, GRACE = 30.0, 3.0  # seconds from SIGTERM to SIGKILL: what trains saves first
+PENDING, SAVE = "PENDING", "SAVE"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LocalJob:
-    """A job as the plan file has it, then its state and the processes that run it.
+    """A job as the plan file has it.
 
     after           jobs that must have ended before
     tasks, gpus     numbers of processes and of GPUs
@@ -45,7 +47,6 @@ class LocalJob:
     setup           shell lines to run before
     python          shell words that start Python, up to the module to run
     trains          whether it is a training, which gets more time to end
-    ends_as         the state to end in, once it is being terminated
     """
 
     job: str
@@ -57,41 +58,6 @@ class LocalJob:
     setup: list[str]
     python: str
     trains: bool
-    state: str = "PENDING"
-    begun: float | None = None
-    ended: float | None = None
-    restarts: int = 0
-    devices: list[str] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    ends_as: str = ""
-    kill_at: float = 0.0
-    save_requested: bool = False
-
-    def write(self, launch: Path) -> None:
-        """Write the job's state to `JOB_local.json`."""
-        state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
-        state["processes"] = [process.pid for process in self.processes]
-        replace_text(_state_file(launch, self.job), json.dumps(state))
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process of the job and to their children."""
-        for process in self.processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-
-    def request_save(self) -> None:
-        """Send the signal to save (SIGUSR2), once per start."""
-        if not self.save_requested:
-            self.save_requested = True
-            self.signal(signal.SIGUSR2)
-
-    def end(self, state: str) -> None:
-        """Send SIGTERM; the runner kills remaining processes after the grace period. The job then ends as `state`."""
-        if not self.ends_as:
-            self.ends_as = state
-            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.trains else GRACE)
-            self.signal(signal.SIGTERM)
 
 
 def check(options: LaunchOptions) -> None:
@@ -139,8 +105,8 @@ def _detached(
 
 
 def read_state(launch: Path, job: str) -> dict[str, Any]:
-    """{"state", "begun", "ended", "restarts"} of a local job, times in seconds since 1970; PENDING without a file."""
-    return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0, **read_json(_state_file(launch, job))}
+    """{"state", "restarts", "begun"} of a local job, the last in seconds since 1970; PENDING without a file."""
+    return {"state": PENDING, "restarts": 0, "begun": None, **read_json(_state_file(launch, job))}
 
 
 def _state_file(launch: Path, job: str) -> Path:
@@ -155,22 +121,16 @@ class Runner:
     """Runs the jobs of one launch, at most `max_parallel` at a time, until all have ended."""
 
     def __init__(self, launch: Path, jobs: Sequence[LocalJob], max_parallel: int) -> None:
-        self.launch, self.jobs, self.max_parallel = launch, jobs, max_parallel
-        self.free = devices()
+        self.launch, self.jobs, self.places = launch, jobs, max_parallel
+        self.gpus = devices()  # that no job uses
+        self.ended: set[str] = set()
         self.stopping = False
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Run until every job has ended; SIGTERM, SIGINT and SIGHUP cancel those that have not."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
-        while any(job.state not in ENDED for job in self.jobs):
-            for job in self.jobs:
-                if job.state == "RUNNING":
-                    self._poll(job)
-            for job in self.jobs:
-                if job.state == "PENDING":
-                    self._start_if_ready(job)
-            time.sleep(POLL_SECONDS)
+        await asyncio.gather(*map(self._attend, self.jobs))
 
     def _stop(self, *_: Any) -> None:
         self.stopping = True
@@ -178,86 +138,104 @@ class Runner:
     def _is_cancelled(self, job: LocalJob) -> bool:
         return self.stopping or cancel_file(self.launch, job.job).exists()
 
-    def _start_if_ready(self, job: LocalJob) -> None:
-        """Start a job whose dependencies have ended, if a slot and its GPUs are free."""
-        if self._is_cancelled(job):
-            self._close(job, "CANCELLED")
-            return
-        ended = {each.job for each in self.jobs if each.state in ENDED}
-        places = self.max_parallel - sum(each.state == "RUNNING" for each in self.jobs)
-        if set(job.after) <= ended and places > 0 and len(self.free) >= job.gpus:
-            job.devices, self.free = self.free[: job.gpus], self.free[job.gpus :]
-            self._start(job)
+    def _is_ready(self, job: LocalJob) -> bool:
+        return set(job.after) <= self.ended and self.places > 0 and len(self.gpus) >= job.gpus
 
-    def _start(self, job: LocalJob) -> None:
+    def _write(self, job: LocalJob, **state: Any) -> None:
+        replace_text(_state_file(self.launch, job.job), json.dumps(state))
+
+    async def _attend(self, job: LocalJob) -> None:
+        """Start a job once its dependencies have ended and a slot and its GPUs are free; again when it asks for it."""
+        state, restarts = PENDING, 0
+        while not (self._is_cancelled(job) or self._is_ready(job)):
+            await asyncio.sleep(POLL_SECONDS)
+        gpus, self.gpus = self.gpus[: job.gpus], self.gpus[job.gpus :]
+        self.places -= 1
+        while state == PENDING:
+            if self._is_cancelled(job):
+                state = "CANCELLED"
+            else:
+                state = await self._run(job, gpus, restarts)
+                restarts += state == PENDING
+        self.places += 1
+        self.gpus += gpus
+        self.ended.add(job.job)
+        self._write(job, state=state, restarts=restarts)
+
+    async def _run(self, job: LocalJob, gpus: list[str], restarts: int) -> str:
+        """Run a job's processes to their end; returns the state that it is in, PENDING if it asked to be restarted."""
+        processes, begun = self._start(job, gpus, restarts), time.time()
+        self._write(job, state="RUNNING", restarts=restarts, begun=begun, processes=[each.pid for each in processes])
+        saves, ends_as, kill_at = False, "", 0.0
+        while None in (codes := [process.poll() for process in processes]):
+            due = self._due(job, codes, time.time() - begun)
+            if ends_as:
+                if time.monotonic() > kill_at:
+                    _send(processes, signal.SIGKILL)
+            elif due == SAVE:
+                if not saves:
+                    _send(processes, signal.SIGUSR2)
+                saves = True  # the job then ends by itself, or asks to be started again
+            elif due:
+                ends_as = due
+                kill_at = time.monotonic() + (TRAINING_GRACE if job.trains or due == PENDING else GRACE)
+                if due != PENDING:  # then the other processes leave by themselves
+                    _send(processes, signal.SIGTERM)
+            await asyncio.sleep(POLL_SECONDS)
+        return ends_as or _failed(codes) or "COMPLETED"
+
+    def _due(self, job: LocalJob, codes: Sequence[int | None], seconds: float) -> str:
+        """The state in which a job is to end that has run for some seconds, `SAVE` if it is to save, else ""."""
+        if failed := _failed(codes):
+            return failed
+        if self._is_cancelled(job):
+            return SAVE if not self.stopping and "save" in read_text(cancel_file(self.launch, job.job)) else "CANCELLED"
+        if job.seconds and seconds > job.seconds:
+            return "TIMEOUT"
+        return SAVE if job.seconds and seconds > job.seconds - job.signal_seconds else ""
+
+    def _start(self, job: LocalJob, gpus: list[str], restarts: int) -> list[subprocess.Popen[bytes]]:
+        """Start the processes of a job, each with logs of its own."""
         with socket.socket() as probe:  # a free port, a new one for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = f"exec {job.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
-        job.processes, job.ends_as, job.save_requested, job.begun = [], "", False, time.time()
-        for task in range(job.tasks):
-            errors, output = log_files(self.launch, job.job, task)
-            environment = {**os.environ, **self._environment(job, task, port)}
-            with open(errors, "ab") as stderr, open(output, "ab") as stdout:
-                shell = ["bash", "-c", " && ".join([*job.setup, command])]
-                job.processes.append(_detached(shell, stdout, stderr, environment))
-        job.state = "RUNNING"
-        job.write(self.launch)
-
-    def _environment(self, job: LocalJob, task: int, port: int) -> dict[str, str]:
         variables = {
+            **os.environ,
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_JOB_ID": job.job,
             "SUBMITIT_LOCAL_NTASKS": str(job.tasks),
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
-            "SUBMITIT_LOCAL_LOCALID": str(task),
-            "SUBMITIT_LOCAL_GLOBALID": str(task),
-            "DINOREG_RESTARTS": str(job.restarts),
+            "DINOREG_RESTARTS": str(restarts),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
         if job.tasks > 1:  # each takes all cores otherwise
-            threads = max(1, usable_cores() // job.tasks)
-            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // job.tasks)))
         if job.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
-        return variables
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        command = f"exec {job.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
+        shell = ["bash", "-c", " && ".join([*job.setup, command])]
+        processes = []
+        for task in range(job.tasks):
+            rank = dict.fromkeys(("SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_GLOBALID"), str(task))
+            errors, output = log_files(self.launch, job.job, task)
+            with open(errors, "ab") as stderr, open(output, "ab") as stdout:
+                processes.append(_detached(shell, stdout, stderr, {**variables, **rank}))
+        return processes
 
-    def _poll(self, job: LocalJob) -> None:
-        """Check a running job: close or restart it if its processes have ended, else send due signals."""
-        codes = [process.poll() for process in job.processes]
-        if all(code is not None for code in codes):
-            requeues = job.ends_as == "REQUEUE" or (not job.ends_as and LOCAL_REQUEUE_RETURN_CODE in codes)
-            if requeues and not self.stopping:
-                job.restarts += 1
-                self._start(job)
-            else:
-                ended = job.ends_as or ("FAILED" if any(codes) else "COMPLETED")
-                self._close(job, "CANCELLED" if requeues else ended)
-            return
-        running = time.time() - (job.begun or 0.0)
-        if LOCAL_REQUEUE_RETURN_CODE in codes and not job.ends_as:
-            job.ends_as, job.kill_at = "REQUEUE", time.monotonic() + TRAINING_GRACE  # the others leave by themselves
-        elif any(codes):
-            job.end("FAILED")
-        elif self._is_cancelled(job):
-            if not self.stopping and "save" in read_text(cancel_file(self.launch, job.job)):
-                job.request_save()  # the job then ends by itself
-            else:
-                job.end("CANCELLED")
-        elif job.seconds and running > job.seconds:
-            job.end("TIMEOUT")
-        elif job.seconds and running > job.seconds - job.signal_seconds:
-            job.request_save()  # the job then asks to be started again
-        if job.ends_as and time.monotonic() > job.kill_at:
-            job.signal(signal.SIGKILL)
 
-    def _close(self, job: LocalJob, state: str) -> None:
-        job.state, job.ended = state, time.time()
-        self.free += job.devices
-        job.devices = []
-        job.write(self.launch)
+def _failed(codes: Sequence[int | None]) -> str:
+    """PENDING where a process asked for another start, FAILED where one has failed, "" otherwise."""
+    return PENDING if LOCAL_REQUEUE_RETURN_CODE in codes else "FAILED" if any(codes) else ""
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """Send a signal to every process that lives and to its children."""
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -265,7 +243,7 @@ def main(arguments: Sequence[str]) -> None:
     plan = Path(arguments[0])
     content = json.loads(plan.read_text())
     jobs = [LocalJob(**each) for each in content["jobs"]]
-    Runner(plan.parent, jobs, content["max_parallel"]).run()
+    asyncio.run(Runner(plan.parent, jobs, content["max_parallel"]).run())
 
 
 if __name__ == "__main__":

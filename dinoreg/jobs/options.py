@@ -50,7 +50,7 @@ class LaunchOptions(Options):
     reservation: str | None = option(None, "machines set aside under this name")
     setup: str | list[str] | None = option(None, "shell lines before the job, as [module load cuda]")
     container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
-    container_mounts: str | list[str] | None = option(None, "further folders that it sees, as /data:/data")
+    container_mounts: list[str] | None = option(None, "further folders that it sees, as /data:/data")
     python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
     max_parallel: int | None = option(None, "tasks at a time; none: all, or as GPUs allow", low=1, high=1_000_000)
     requeues: int = option(100, "restarts after limits, preemptions, lost nodes", low=0, high=1_000_000)
@@ -114,11 +114,6 @@ class LaunchOptions(Options):
     def setup_lines(self) -> list[str]:
         """The shell lines to run before the job."""
         return _listed(self.setup)
-
-    @property
-    def mounts(self) -> list[str]:
-        """The user's mounts for the container, as SOURCE:TARGET."""
-        return _listed(self.container_mounts)
 
     @property
     def extra_args(self) -> list[str]:

@@ -28,7 +28,6 @@ class Record:
 
     job        the scheduler's id: 12, 12_3 for element 3 of an array, local1.0 on this machine
     launch     number of the launch in this folder, from 1
-    kind       kind of job, such as "pretrain"
     group      name of its group within the launch
     cluster    "slurm" | "local"
     command    arguments of dinoreg
@@ -37,14 +36,11 @@ class Record:
     run        run folder of a training; "" for other commands
     after      jobs that it depends on
     runner     [process id, start time] of the local runner; [] on Slurm
-    code       folder of the package that it runs
-    directory  working folder
     time       of submission, seconds since 1970
     """
 
     job: str
     launch: int
-    kind: str
     group: str
     cluster: str
     command: list[str]
@@ -53,8 +49,6 @@ class Record:
     run: str
     after: list[str]
     runner: list[int]
-    code: str
-    directory: str
     time: float
 
     @property
@@ -144,12 +138,9 @@ def replace_text(path: Path, text: str) -> None:
 def append(path: Path, *lines: dict[str, Any]) -> None:
     """Append JSON lines in one write, so that those of two writers do not mix, and flush them; OSError on failure."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, text.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode())
+        os.fsync(file.fileno())
 
 
 def last_lines(path: Path, count: int, size: int = 1 << 18) -> list[str]:

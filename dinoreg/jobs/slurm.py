@@ -53,7 +53,8 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except FileNotFoundError:
-        raise UserError(f"cluster=slurm: there is no {command[0]} on the PATH") from None
+        where = "use a machine of the cluster, or cluster=local"
+        raise UserError(f"cluster=slurm: there is no {command[0]} on the PATH; {where}") from None
     except subprocess.TimeoutExpired:
         raise RunError(f"{command[0]} did not answer within {ANSWER_SECONDS} s") from None
 
@@ -62,11 +63,7 @@ def require(options: LaunchOptions) -> None:
     """UserError where Slurm's programs are missing or the partition does not exist; nothing for a dry run elsewhere."""
     if options.dry_run and (shutil.which("sinfo") is None or ask("sinfo", "-h").returncode):
         return
-    for name in PROGRAMS:
-        if shutil.which(name) is None:
-            raise UserError(
-                f"cluster=slurm: there is no {name} on the PATH; use a machine of the cluster, or cluster=local"
-            )
+    ask("sbatch", "--version")
     answer = ask("sinfo", "-a", "-h", "-o", "%R")
     if answer.returncode:
         raise UserError(f"cluster=slurm: sinfo failed: {_one_line(answer.stderr)}")
@@ -114,16 +111,13 @@ def make_executor(
         mounts = _mounts(options, launch, code)
         srun_args += [f"--container-image={options.container}", f"--container-mounts={mounts}"]
         srun_args.append(f"--container-workdir={Path.cwd()}")
-    same_names = ("nodes", "mem", *PLACEMENT)
-    parameters = {key: value for key in same_names if (value := getattr(options, key)) is not None}
-    extra: dict[str, Any] = {"requeue": True}
-    if "reservation" in parameters:  # submitit does not know it
-        extra["reservation"] = parameters.pop("reservation")
+    extra = {key: value for key in ("mem", *PLACEMENT) if (value := getattr(options, key)) is not None}
+    extra["requeue"] = True
     for item in options.extra_args:
         key, separator, value = item.partition("=")
         extra[key] = value if separator else True
     executor.update_parameters(
-        **parameters,
+        nodes=options.nodes,
         cpus_per_task=options.cores,
         job_name=options.name,
         ntasks_per_node=options.tasks,
@@ -197,7 +191,7 @@ def _is_apptainer(container: str) -> bool:
 
 def _mounts(options: LaunchOptions, launch: Path, code: Path) -> str:
     own = [f"{folder.resolve()}:{folder.resolve()}" for folder in (Path.cwd(), launch, code)]
-    return ",".join(dict.fromkeys([*own, *options.mounts]))
+    return ",".join(dict.fromkeys([*own, *(options.container_mounts or ())]))
 
 
 def _requeue_from_outside(launch: Path) -> list[str]:
@@ -224,18 +218,14 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
 
     raises  RunError when squeue fails, UserError when it is not installed
     """
-    known: dict[str, JobState] = {}
-    for chunk in _chunks(sorted({job.partition("_")[0] for job in jobs})):
-        answer = ask("squeue", "-a", "-h", "-r", "-t", "all", "-j", ",".join(chunk), "-o", "%i|%T|%r|%N|%M|%S")
-        if answer.returncode and "Invalid job id" not in answer.stderr:
-            raise RunError(f"squeue failed: {_one_line(answer.stderr)}")
-        known |= _parse_states(answer.stdout, columns=6)
-    forgotten = sorted({job.partition("_")[0] for job in jobs if job not in known})
-    if forgotten and shutil.which("sacct"):
-        for chunk in _chunks(forgotten):
-            columns = "JobID,State,Reason,NodeList,Elapsed"
-            answer = ask("sacct", "-X", "-n", "-P", "-j", ",".join(chunk), "-o", columns)
-            known = _parse_states(answer.stdout, columns=5) | known
+    asked = ",".join(sorted({job.partition("_")[0] for job in jobs}))
+    answer = ask("squeue", "-a", "-h", "-r", "-t", "all", "-j", asked, "-o", "%i|%T|%r|%N|%M|%S")
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise RunError(f"squeue failed: {_one_line(answer.stderr)}")
+    known = _parse_states(answer.stdout, columns=6)
+    if not known.keys() >= set(jobs) and shutil.which("sacct"):
+        answer = ask("sacct", "-X", "-n", "-P", "-j", asked, "-o", "JobID,State,Reason,NodeList,Elapsed")
+        known = _parse_states(answer.stdout, columns=5) | known
     return {job: known[job] for job in jobs if job in known}
 
 
@@ -252,10 +242,11 @@ def cancel(jobs: Sequence[str], *options: str) -> None:
 
     raises  RunError when scancel fails
     """
-    for chunk in _chunks(jobs):
-        answer = ask("scancel", *options, *chunk)
-        if answer.returncode and "Invalid job id" not in answer.stderr:
-            raise RunError(f"scancel failed: {_one_line(answer.stderr)}")
+    if not jobs:
+        return
+    answer = ask("scancel", *options, *jobs)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise RunError(f"scancel failed: {_one_line(answer.stderr)}")
 
 
 def own_state(job: str) -> str:
@@ -263,11 +254,6 @@ def own_state(job: str) -> str:
     with contextlib.suppress(UserError, RunError):
         return ask("squeue", "-a", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
     return ""
-
-
-def _chunks(items: Sequence[str], size: int = 200) -> Iterator[Sequence[str]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
 
 
 def _one_line(text: str) -> str:

@@ -5,55 +5,39 @@ changed. It has the layout of an installed wheel: declarations are inside the pa
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from dinoreg.config.bundled import PACKAGE, bundled
 from dinoreg.runtime.digest import digest
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import reworded
 
-DECLARATIONS = ("configs", "eval", "launch")
-
-
-def package_files() -> dict[str, Path]:
-    """The files of the package and its declarations, {path in a copy: path}, sorted."""
-    folders = {"dinoreg": PACKAGE} | {f"dinoreg/_bundled/{name}": bundled(name) for name in DECLARATIONS}
-    files = {}
-    for place, folder in folders.items():
-        for path in folder.rglob("*"):
-            name = path.relative_to(folder)
-            if path.is_file() and not {"__pycache__", "_bundled"} & set(name.parts):
-                files[f"{place}/{name.as_posix()}"] = path
-    return dict(sorted(files.items()))
-
-
-def fingerprint(files: dict[str, Path]) -> str:
-    """12 hexadecimal digits of the SHA-256 over names and contents."""
-    listed = "".join(f"{name}\0{digest(path)}\0" for name, path in files.items())
-    return hashlib.sha256(listed.encode()).hexdigest()[:12]
+FOLDERS = {"dinoreg": PACKAGE} | {f"dinoreg/_bundled/{name}": bundled(name) for name in ("configs", "eval", "launch")}
 
 
 def copy_package(folder: Path) -> Path:
-    """Copy the package to `folder/<fingerprint>`, unless that exists; returns its path.
+    """Copy the package and its declarations to `folder/<fingerprint>`, unless that exists; returns its path.
 
     raises UserError when the folder cannot be written
     """
-    files = package_files()
-    target = folder / fingerprint(files)
-    if target.is_dir():
-        return target
-    try:
+    with reworded(f"{folder}: the code cannot be copied there, see code=", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
-            for name, path in files.items():
-                copied = Path(aside) / target.name / name
-                copied.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copied)
-            os.rename(Path(aside) / target.name, target)
-    except OSError as error:
-        if not target.is_dir():  # another launch may have been quicker
-            reason = error.strerror or error
-            raise UserError(f"{folder}: the code cannot be copied there ({reason}); see code=") from None
+            copy = Path(aside) / "copy"
+            for name, source in FOLDERS.items():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_bundled"))
+            target = folder / _fingerprint(copy)
+            try:
+                copy.rename(target)
+            except OSError:
+                if not target.is_dir():  # which an earlier launch has made
+                    raise
     return target
+
+
+def _fingerprint(folder: Path) -> str:
+    """12 hexadecimal digits of the SHA-256 over names and contents."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = "".join(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0" for path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:12]

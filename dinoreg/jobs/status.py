@@ -26,7 +26,7 @@ from dinoreg.runtime.environment import is_alive
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number, parsed_object, pointed_step, read_json, read_text
 
-# Slurm's reasons in plain words.
+# Slurm's reasons in plain words, where its own are not.
 REASONS = {
     "Resources": "waits for free machines",
     "Priority": "others come first",
@@ -34,15 +34,9 @@ REASONS = {
     "BeginTime": "was requeued, may start at {begins}",
     "JobArrayTaskLimit": "waits for other tasks of its array",
     "JobHeldUser": "held; scontrol release {job} lets it go",
-    "JobHeldAdmin": "held by an administrator",
     "PartitionTimeLimit": "time= is above the partition's limit",
     "PartitionNodeLimit": "nodes= is above the partition's limit",
-    "PartitionDown": "the partition is down",
-    "PartitionInactive": "the partition takes no jobs",
     "ReqNodeNotAvail": "the machines it needs are down or reserved",
-    "Nodes_required_for_job_are_DOWN": "the machines it needs are down",
-    "DependencyNeverSatisfied": "waits for a job that will not come",
-    "AssocGrpGRES": "the account's GPUs are all in use",
 }
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING")
@@ -116,7 +110,7 @@ def describe(folder: str | Path) -> list[str]:
         else:
             counts = ", ".join(f"{count} {state}" for state, count in Counter(each.state for each in jobs).items())
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(jobs[0].record.time))
-            lines.append(f"launch {number} ({jobs[0].record.kind}, {when}): {counts}")
+            lines.append(f"launch {number} ({jobs[0].record.group}, {when}): {counts}")
     return lines
 
 

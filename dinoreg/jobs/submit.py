@@ -13,6 +13,7 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
+from dinoreg.config.bundled import PACKAGE
 from dinoreg.config.overwrite import put_back, refuse_live, set_aside
 from dinoreg.config.schema import Config
 from dinoreg.jobs import local_queue as local
@@ -26,8 +27,6 @@ from dinoreg.jobs.status import examine
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import render
-
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def launch(
@@ -53,7 +52,7 @@ def launch(
     if options.dry_run:
         say(dry_run(plan, settings))
         return plan.folder, []
-    return plan.folder, _Submission(job.name, plan, settings, run_verb).run()
+    return plan.folder, _Submission(plan, settings, run_verb).run()
 
 
 def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
@@ -116,12 +115,11 @@ def _refuse_a_second_launch(plan: Plan) -> None:
 class _Submission:
     """The submission of one launch; when it is refused, its files are removed again."""
 
-    def __init__(
-        self, kind: str, plan: Plan, settings: dict[str, LaunchOptions], run_verb: Callable[..., None]
-    ) -> None:
-        self.kind, self.plan, self.settings, self.run_verb = kind, plan, settings, run_verb
+    def __init__(self, plan: Plan, settings: dict[str, LaunchOptions], run_verb: Callable[..., None]) -> None:
+        self.plan, self.settings, self.run_verb = plan, settings, run_verb
         self.options = settings[plan.groups[0].name]
         self.launch = launch_folder(plan.folder).absolute()
+        self.commands = {group.name: self._commands(group) for group in plan.groups}
         self.undo = contextlib.ExitStack()
         self.submitted: dict[str, list[str]] = {}
 
@@ -171,7 +169,6 @@ class _Submission:
             Record(
                 job=job,
                 launch=number,
-                kind=self.kind,
                 group=group.name,
                 cluster="slurm" if self.options.on_slurm else "local",
                 command=list(command.arguments),
@@ -180,12 +177,10 @@ class _Submission:
                 run=command.run,
                 after=self._dependencies(group),
                 runner=runner,
-                code=str(self.code),
-                directory=str(Path.cwd()),
                 time=time.time(),
             )
             for group in self.plan.groups
-            for job, command in zip(self.submitted[group.name], self._commands(group))
+            for job, command in zip(self.submitted[group.name], self.commands[group.name])
         ]
 
     def _dependencies(self, group: Group) -> list[str]:
@@ -210,8 +205,7 @@ class _Submission:
         self.undo.callback(self._cancel)
         for group in self.plan.groups:
             after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # arrays as a whole
-            jobs = self.submitted[group.name] = []
-            commands = self._commands(group)
+            jobs, commands = self.submitted.setdefault(group.name, []), self.commands[group.name]
             for size in _array_sizes(group):
                 executor = slurm.make_executor(self.launch, self.settings[group.name], self.code, after, size)
                 jobs += slurm.submit(executor, commands[len(jobs) : len(jobs) + size])
@@ -226,8 +220,7 @@ class _Submission:
         local_jobs: list[local.LocalJob] = []
         python = slurm.interpreter(self.options, self.launch, self.code)
         for group in self.plan.groups:
-            options = self.settings[group.name]
-            commands = self._commands(group)
+            options, commands = self.settings[group.name], self.commands[group.name]
             name = f"local{number}.{len(self.submitted)}"
             jobs = [name] if len(commands) == 1 else [f"{name}_{index}" for index in range(len(commands))]
             for job, command in zip(jobs, commands):

@@ -11,28 +11,21 @@ from torch.nn import functional as F
 
 
 def anchor_loss(
-    cls_tokens: Tensor,
-    patch_tokens: Tensor,
-    anchor_cls: Tensor,
-    anchor_patches: Tensor,
-    num_patches: Tensor | None = None,
+    cls_tokens: Tensor, patch_tokens: Tensor, anchor_cls: Tensor, anchor_patches: Tensor, num_patches: Tensor
 ) -> Tensor:
     """The average of two mean cosine distances, of class tokens and of patch tokens; 0 where the networks agree.
 
     cls_tokens, anchor_cls        (n, D)   n > 0, after the final norm; only the first gets a gradient
-    patch_tokens, anchor_patches  (m, D)   of the unmasked patches; with m = 0 only the class tokens count
+    patch_tokens, anchor_patches  (m, D)   of the unmasked patches
     num_patches                   ()       divisor of the patch tokens' sum of distances (at least 1). For a part of a
                                            batch: the mean of m over all parts, so that the mean over the parts is the
-                                           loss of the batch. None: m
+                                           loss of the batch
     returns                       ()       float32 whatever the input; in [0, 2], unless num_patches differs from m
     """
     with torch.autocast(cls_tokens.device.type, enabled=False):
-        distances = [_cosine_distances(cls_tokens, anchor_cls).mean()]
-        if num_patches is not None:
-            distances.append(_cosine_distances(patch_tokens, anchor_patches).sum() / num_patches.clamp(min=1.0))
-        elif len(patch_tokens):
-            distances.append(_cosine_distances(patch_tokens, anchor_patches).mean())
-        return torch.stack(distances).mean()
+        of_cls = _cosine_distances(cls_tokens, anchor_cls).mean()
+        of_patches = _cosine_distances(patch_tokens, anchor_patches).sum() / num_patches.clamp(min=1.0)
+        return torch.stack([of_cls, of_patches]).mean()
 
 
 def _cosine_distances(tokens: Tensor, anchors: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     ranks                 the processes whose rows are one batch
     returns       (n, K)  float32 (float64 for float64 logits), without gradient; every row sums to 1, prototypes
                           are balanced only approximately, because the rows are normalised last
-    raises                ValueError for iterations < 1
 
     Each iteration divides every prototype by its mass over all rows of all processes, then every row by its
     own sum. The constants of the published form (the total mass, 1/K, 1/n) scale all entries alike, so the
@@ -42,8 +41,6 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     of all processes is subtracted before exp(), which is neutral for the same reason; a maximum per process
     would weigh the processes differently. A prototype whose mass underflows keeps targets of (almost) 0.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; Sinkhorn-Knopp needs at least 1")
     num_rows, num_prototypes = logits.shape
     dtype = _working_dtype(logits)
     size = rows_in_place(num_rows, num_prototypes, logits.device)

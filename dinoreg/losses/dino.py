@@ -85,20 +85,9 @@ def soft_cross_entropy(
     weights       (n,)     factor of each row; None: 1 for all
     mass                   of every target, where the caller knows it: saves reading them once; None: their sums
     returns       ()       float32 (float64 for float64 logits): the sum in nats, not a mean
-    raises                 ValueError for shapes that do not fit one another
 
     Only the logits get a gradient, in their own dtype; there is no second derivative.
     """
-    num_targets = targets.shape[0]
-    if logits.shape[1] != targets.shape[1] or logits.shape[0] % max(1, num_targets):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}: "
-            "expected equal widths and a whole number of logits rows for each target"
-        )
-    if num_targets == 0 and logits.shape[0]:
-        raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
-    if weights is not None and weights.shape != logits.shape[:1]:
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
     return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights, mass)
 
 
@@ -122,11 +111,8 @@ def dino_loss(
     count of local pairs to at least 1 and would divide by 3, in a case that it cannot run.
     """
     batch_size = targets.shape[0] // 2
-    if targets.shape[0] != 2 * batch_size or batch_size == 0 or student_global.shape[0] != 2 * batch_size:
-        raise ValueError(
-            f"student_global {tuple(student_global.shape)} and targets {tuple(targets.shape)}: "
-            "expected the same even number of rows, two for each image"
-        )
+    if not 0 < 2 * batch_size == len(targets) == len(student_global):
+        raise ValueError(f"student_global and targets: expected two rows an image; {len(student_global), len(targets)}")
     num_local_rows = 0 if student_local is None else student_local.shape[0]
     if num_local_rows % batch_size:
         raise ValueError(f"student_local has {num_local_rows} rows; expected a multiple of {batch_size} images")

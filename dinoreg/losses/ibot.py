@@ -16,8 +16,5 @@ def ibot_loss(logits: Tensor, targets: Tensor, weights: Tensor, num_crops: int, 
     student_temp           > 0; 0.1 in the papers
     returns       ()       in nats, float32 (float64 for float64 logits); without masked patches 0, with an (empty)
                            gradient for the logits
-    raises                 ValueError for num_crops < 1 and for shapes that do not fit one another
     """
-    if num_crops < 1:
-        raise ValueError(f"num_crops is {num_crops}; expected the number of global crops, at least 1")
     return soft_cross_entropy(logits, targets, student_temp, weights, mass=1.0) / num_crops

@@ -119,9 +119,17 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     """
     if backends[0] == "varlen" or (backends[0] == "xformers" and len(shapes) > 1):  # for all groups: a device's matter
         return attend_packed(qkv, shapes, backends[0]).flatten(1)
-    groups = qkv.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (qkv,)
-    outputs = []
-    for group, (images, tokens), backend in zip(groups, shapes, backends, strict=True):
-        q, k, v = group.unflatten(0, (images, tokens)).unbind(2)
-        outputs.append(attend(q, k, v, backend).flatten(2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    groups = zip(unpack(qkv, shapes), backends, strict=True)
+    return pack([attend(*group.unbind(2), backend).flatten(2) for group, backend in groups])
+
+
+def pack(groups: Sequence[Tensor]) -> Tensor:
+    """Groups (b, T, …) of different lengths T as one (S, …)."""
+    flat = [group.flatten(0, 1) for group in groups]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
+
+
+def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Packed (S, …) as its groups, each (images, tokens, …)."""
+    parts = x.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (x,)
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -91,8 +91,7 @@ class VitRGTS(nn.Module):
         x = torch.cat(
             [self.cls_token.expand(batch, -1, -1), self.register_tokens.expand(batch, -1, -1), patches], dim=1
         )  # (B, T, D)
-        if self.emb_dropout:
-            x = F.dropout(x, self.emb_dropout, self.training)
+        x = F.dropout(x, self.emb_dropout, self.training)
         shapes = (tuple(x.shape[:2]),)
         backends = (resolve_backend(self.attention_backend, x.device, x.shape[1], compute_dtype(x)),)
         tokens = x.flatten(0, 1)

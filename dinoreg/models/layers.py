@@ -76,8 +76,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (S, D) -> (S, D)."""
-        hidden = _dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return _dropout(self.fc2(hidden), self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class SwiGLU(nn.Module):
@@ -97,8 +97,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (S, D) -> (S, D)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        hidden = _dropout(F.silu(gate) * value, self.dropout, self.training)
-        return _dropout(self.w3(hidden), self.dropout, self.training)
+        hidden = F.dropout(F.silu(gate) * value, self.dropout, self.training)
+        return F.dropout(self.w3(hidden), self.dropout, self.training)
 
 
 FFN_KINDS: dict[str, type[Mlp] | type[SwiGLU]] = {"mlp": Mlp, "swiglu": SwiGLU}
@@ -168,7 +168,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (S, D) -> (S, D); `shapes` and `backends` are those of `attend_groups`, `tables` of `project`."""
         mixed = attend_groups(self.project(x, shapes, tables), shapes, backends)
-        return _dropout(self.proj(mixed), self.dropout, self.training)
+        return F.dropout(self.proj(mixed), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -306,10 +306,6 @@ class _Copies(torch.autograd.Function):
         if given := [grad for grad in grads if grad is not None]:
             torch._foreach_copy_([grad for grad in full if grad is not None], given)
         return None, *full
-
-
-def _dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    return F.dropout(x, rate, training) if rate and training else x
 
 
 def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dinoreg.models.attention import pack, unpack
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.packed_attention import Shapes
 
@@ -108,9 +109,5 @@ def turn_groups(qkv: Tensor, shapes: Shapes, tables: Sequence[Tensor]) -> Tensor
     tables  one of `Rope.tables` a group
     returns (S, 3, heads, head_dim)
     """
-    parts = qkv.split([images * tokens for images, tokens in shapes])
-    turned = []
-    for part, shape, table in zip(parts, shapes, tables, strict=True):
-        group = part.unflatten(0, shape)
-        turned.append(torch.cat([turn(group[:, :, :2], table), group[:, :, 2:]], dim=2).flatten(0, 1))
-    return torch.cat(turned) if len(turned) > 1 else turned[0]
+    groups = zip(unpack(qkv, shapes), tables, strict=True)
+    return pack([torch.cat([turn(group[:, :, :2], table), group[:, :, 2:]], dim=2) for group, table in groups])

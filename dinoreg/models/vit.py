@@ -22,7 +22,9 @@ from dinoreg.models.attention import (
     attention_weights,
     check_backend,
     compute_dtype,
+    pack,
     resolve_backend,
+    unpack,
     without_autocast,
 )
 from dinoreg.models.layers import (
@@ -309,7 +311,8 @@ class RegisterViT(nn.Module):
 
     def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
         groups = [self.embed(self._apart(group), hidden) for group, hidden in zip(images, masks, strict=True)]
-        return *_pack(groups), self.rope_tables(images)
+        shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
+        return pack(groups), shapes, self.rope_tables(images)
 
     # ---------------------------------------------------------------- forward
 
@@ -351,7 +354,7 @@ class RegisterViT(nn.Module):
         return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
     def _split(self, x: Tensor, shapes: Shapes, images: Sequence[Tensor]) -> list[Tokens]:
-        first, groups = 1 + self.num_registers, map(self._together, _unpack(x, shapes), images)
+        first, groups = 1 + self.num_registers, map(self._together, unpack(x, shapes), images)
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in groups]
 
     def _run(
@@ -382,7 +385,7 @@ class RegisterViT(nn.Module):
         returns (B, T, D)
         """
         begun = self._begin([images])
-        return self._together(_unpack(self._run(begun, self.depth), begun[1])[0], images)
+        return self._together(unpack(self._run(begun, self.depth), begun[1])[0], images)
 
     def get_intermediate_layers(
         self,
@@ -465,13 +468,6 @@ class RegisterViT(nn.Module):
         return layer % self.depth
 
 
-def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
-    """Token groups (b, T, D) of different lengths as one (S, D), and their (b, T)."""
-    shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
-    flat = [group.flatten(0, 1) for group in groups]
-    return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
-
-
 def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
     """The numbers, among all tokens, of each group's class tokens, then of its selected patches (n,).
 
@@ -484,8 +480,3 @@ def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
         rows.append(chosen + before)
         start += count * length
     return torch.cat(rows)
-
-
-def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
-    parts = x.split([images * tokens for images, tokens in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -28,7 +28,6 @@ STATE_BYTES = 16
 # Blocks of the two steps that are run in place of a deeper one, and micro-batches in place of more.
 BLOCKS = (3, 5)
 MICRO_BATCHES = (2, 3)
-ROUNDED = 0.001  # share of the masked patches that is not worth a step of its own
 
 
 @dataclass(frozen=True)
@@ -202,13 +201,11 @@ def step_peaks(job: Job) -> dict[str, Parts]:
     """
     peaks: dict[str, dict[str, float]] = {}
     for times, blocks, micro_batches in _steps(job):
-        trace, in_buckets = trace_job(job, blocks, _masked(job, micro_batches)), job.strategy == "ddp"
-        found = trace.peaks_without_gradients if in_buckets and micro_batches == 1 else trace.peaks
-        for moment, parts_held in found.items():
+        for moment, parts_held in trace_job(job, blocks, _masked(job, micro_batches)).peaks.items():
             held = peaks.setdefault(moment, defaultdict(float))
             for part, count in parts_held.items():
                 held[part] += times * count
-            if in_buckets:
+            if job.strategy == "ddp":
                 held["gradients"] += times * parts_held["student weights"]
     whole = {moment: {part: round(held[part]) for part in PARTS if part in held} for moment, held in peaks.items()}
     if KOLEO in whole:  # the one part that grows with the square of the batch
@@ -244,18 +241,9 @@ def operations_of(job: Job, worst: bool = False) -> Operations:
 
     worst  with the number of masked patches that `memory_of` assumes, whose steps have been run already
     """
-    parts, usual = job.config.optim.accumulate, job.masked_patches(job.micro_batch_size)
-    sizes, most = _steps(job, add_up=True), sum(_masked(job, parts))
-    steps = [(times, trace_job(job, blocks, _masked(job, few)).operations) for times, blocks, few in sizes]
-    if not worst and abs(most - parts * usual) > most * ROUNDED:
-        _, blocks, few = sizes[0]
-        if apart := few * usual - sum(_masked(job, few)):  # by what a masked patch costs
-            times = (parts * usual - most) / apart
-            steps += [(times, trace_job(job, blocks, (usual,) * few).operations), (-times, steps[0][1])]
-        else:
-            steps = [(times, trace_job(job, blocks, (usual,) * few).operations) for times, blocks, few in sizes]
     counts: dict[str, float] = defaultdict(float)
-    for times, operations in steps:
-        for kind, count in operations.items():
+    for times, blocks, few in _steps(job, add_up=True):
+        masked = _masked(job, few) if worst else (job.masked_patches(job.micro_batch_size),) * few
+        for kind, count in trace_job(job, blocks, masked).operations.items():
             counts[kind] += times * count
     return Operations(**{name: counts[name] / job.config.batch_size for name in Operations.__dataclass_fields__})

@@ -25,8 +25,6 @@ from dinoreg.runtime.templates import render
 from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
 from dinoreg.train.probes import BATCH_SIZE as PROBE_BATCH
 
-MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -78,8 +76,10 @@ class Stage:
     def as_dict(self) -> dict[str, Any]:
         """Its figures as JSON values."""
         crops = self.job.config.crops
-        found = {"steps": self.steps, "global_size": crops.global_size, "local_size": crops.local_size}
-        return found | {
+        return {
+            "steps": self.steps,
+            "global_size": crops.global_size,
+            "local_size": crops.local_size,
             "operations_per_image": self.operations.total,
             "needed": self.memory.needed,
             "seconds": self.seconds,
@@ -157,24 +157,20 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure as JSON values: memory in bytes, times in seconds, operations in floating-point operations."""
-        job, sizes, memory, crops = self.job, self.job.sizes, self.memory, self.job.config.crops
-        tokens = {"global": sizes.tokens(crops.global_size)}
-        if crops.num_local:
-            tokens["local"] = sizes.tokens(crops.local_size)
+        job, sizes, memory = self.job, self.job.sizes, self.memory
         return {
             "job": job.as_dict(),
             "fits": self.fits,
             "verdict": self.verdict,
             "parameters": {**sizes.parameters, "student": sizes.student, "teacher": sizes.student},
-            "tokens": tokens,
             "operations_per_image": {**asdict(self.operations), "total": self.operations.total},
             "operations_per_step": self.operations_per_step,
             "operations_koleo": job.koleo_operations() * job.world_size,
             "memory": {
-                **{name: getattr(memory, name) for name in MEMORY_FIGURES},
+                **asdict(memory),
+                "needed": memory.needed,
+                "allocated": memory.allocated,
                 "moments": {name: {**parts, "total": sum(parts.values())} for name, parts in memory.moments.items()},
-                "host_crops": memory.host,
-                "host_checkpoint": self.checkpoint.copy,
             },
             "speed": None if self.speed is None else asdict(self.speed),
             "exchanges": [

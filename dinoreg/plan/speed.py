@@ -38,14 +38,12 @@ class Speed:
 
     images_per_second  without waiting for other processes or for data
     measured           whether steps were run; if not, `source` says what was assumed
-    batch_size         images of a step, as measured or estimated
     peak_memory        bytes that the measured steps allocated on CUDA; else None
     """
 
     images_per_second: float
     measured: bool
     source: str
-    batch_size: int
     peak_memory: int | None = None
 
 
@@ -71,7 +69,7 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
         source = f"estimate: {share:.0%} of {rate / 1e9:.0f} GFLOP/s, the median of matrix products here"
     else:
         return None
-    return Speed(share * rate / operations, False, source, job.config.batch_size)
+    return Speed(share * rate / operations, False, source)
 
 
 @contextmanager
@@ -147,7 +145,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
         times: list[float] = []
         while len(times) < WARM_UP_STEPS + MOST_STEPS and sum(times[WARM_UP_STEPS:]) < PROBE_SECONDS:
             started = time.perf_counter()
-            take_step(config, state, batch, dtype)
+            take_step(state, batch)
             if cuda:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
@@ -156,6 +154,5 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
         images_per_second=config.batch_size / statistics.median(measured),
         measured=True,
         source=f"measured: {len(measured)} steps of {config.batch_size} images on one process here",
-        batch_size=config.batch_size,
         peak_memory=peak_memory(device) if cuda else None,
     )

@@ -16,9 +16,9 @@ from dinoreg.train.tutor import Tutor, as_cut
 NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05, gram=True)
 
 
-def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtype) -> None:
-    """Take one training step on a batch, as a run of this config would; `dtype` is that of autocast."""
-    train_step(state, batch, NOW, loss=config.loss, optim=config.optim, dtype=dtype, seed=0)
+def take_step(state: TrainState, batch: Batch) -> None:
+    """Take one training step on a batch, as a run would."""
+    train_step(state, batch, NOW)
 
 
 def random_batch(config: Config, patch_size: int, device: torch.device, tutor: Tutor | None = None) -> Batch:

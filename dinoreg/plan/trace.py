@@ -9,7 +9,6 @@ attention saves the same tensors on both. DDP cannot run on fake tensors: such a
 """
 
 import copy
-import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,8 +25,6 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
-from dinoreg.losses import centering, dino
-from dinoreg.models import heads
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
 from dinoreg.plan.step import masked_batch, take_step
@@ -47,13 +44,11 @@ CPU = torch.device("cpu")
 class Trace:
     """Memory and operations of a step, from `Recorder`.
 
-    peaks                    {moment: {part: bytes}}
-    peaks_without_gradients  the peaks without gradients, for DDP, which has them in buffers of its own
-    operations               {kind: floating-point operations}
+    peaks       {moment: {part: bytes}}, without the gradients of DDP's last micro-batch, which are in its buckets
+    operations  {kind: floating-point operations}
     """
 
     peaks: dict[str, Parts]
-    peaks_without_gradients: dict[str, Parts]
     operations: dict[str, int]
 
 
@@ -106,20 +101,17 @@ def trace_step(
         raise UserError("a plan for several processes cannot be made inside a process group; make it before")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_few_pieces(device_kind))
+        stack.enter_context(_pieces_of(device_kind))
         ranks = stack.enter_context(simulated_session(world_size)) if world_size > 1 else ALONE
         sharded = config.parallel.strategy == "fsdp"
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
         stack.enter_context(FakeTensorMode())
         state = _fake_state(config, precision, ranks, mesh, None if tutor is None else _fake_tutor(tutor))
-        return record_step(config, state, _fake_batch(config, state, masked), precision)
+        return record_step(config, state, _fake_batch(config, state, masked))
 
 
-def record_step(config: Config, state: TrainState, batch: Batch, precision: str) -> Trace:
-    """Take a step and record it; AdamW's moments exist before, as after a first step.
-
-    precision  "bf16" | "fp16" | "fp32"
-    """
+def record_step(config: Config, state: TrainState, batch: Batch) -> Trace:
+    """Take a step and record it; AdamW's moments exist before, as after a first step."""
     if not state.optimizer.state:
         start_moments(state.optimizer)
     centers = {center.shape[-1] for center in state.centers.values()} if state.tutor is None else ()
@@ -127,9 +119,10 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str)
     recorder = Recorder(centers, koleo_ranks * config.batch_size)
     recorder.hold_state(state, batch)
     with recorder.watching(state), recorder:
-        take_step(config, state, batch, DTYPES[precision])
+        take_step(state, batch)
     recorder.label_gradients(state.student)
-    return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
+    in_buckets = config.parallel.strategy == "ddp" and config.optim.accumulate == 1
+    return Trace(recorder.peaks(without=("gradients",) if in_buckets else ()), dict(recorder.operations))
 
 
 def _fake_tutor(tutor: Tutor) -> Tutor:
@@ -174,18 +167,11 @@ def _fake_batch(config: Config, state: TrainState, masked: tuple[int, ...]) -> B
 
 
 @contextmanager
-def _few_pieces(device_kind: str) -> Iterator[None]:
-    """A context in which heads and losses walk through three pieces of a matrix, as large as on that kind of device.
-
-    The others would hold and free the same again; there are no matrix products among them.
-    """
-    size, modules = tiling.CPU_CHUNK, (centering, dino, heads)
+def _pieces_of(device_kind: str) -> Iterator[None]:
+    """A context in which heads and losses walk through matrices in pieces as large as on that kind of device."""
+    size = tiling.CPU_CHUNK
     tiling.CPU_CHUNK = size if device_kind == "cpu" else tiling.DEVICE_PIECE
-    for module in modules:
-        module.chunks = lambda *extent: itertools.islice(tiling.chunks(*extent), 3)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         tiling.CPU_CHUNK = size
-        for module in modules:
-            module.chunks = tiling.chunks  # type: ignore[attr-defined]

@@ -23,8 +23,8 @@ from dinoreg.registers import outliers as measures
 from dinoreg.registers.test_time import fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.parallel import show_progress
 from dinoreg.runtime.printable import print_status
-from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.norms import histogram, joined, token_norms
 
 SHOWN = 6  # images whose maps are drawn

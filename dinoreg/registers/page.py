@@ -19,9 +19,9 @@ from rich.table import Table
 
 from dinoreg.registers.measure import BESIDE_OUTLIERS, Measured
 from dinoreg.reports.html import COLOURS, DOTTED, SETTINGS, Scale, percent_tick, set_log_ticks
-from dinoreg.reports.verdict import DASH, Verdict, in_words
+from dinoreg.reports.verdict import Verdict, in_words
 from dinoreg.runtime.printable import in_markup
-from dinoreg.runtime.templates import percent, render, score
+from dinoreg.runtime.templates import DASH, percent, render, score
 from dinoreg.visualize.attention import token_names
 from dinoreg.visualize.gallery import INK, Gallery, colour_map, figure_image, map_row, sheet, tile
 from dinoreg.visualize.norms import draw_blocks, set_grid

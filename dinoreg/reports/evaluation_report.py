@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,13 +17,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import read_probe
+from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
-from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
+from dinoreg.reports.verdict import MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.printable import in_markup
-from dinoreg.runtime.templates import render, score
+from dinoreg.runtime.templates import DASH, render, score
 
 FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
@@ -33,48 +32,30 @@ COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing"
 
 
 class Record:
-    """One dataset's file: its headline as a probe, and its content.
+    """One dataset's file: its content, and its headline as a probe.
 
+    title      the dataset's, else its name; with the name of the weights where records of others stand beside it
+    split      how the images were split, in words, which stands at the end of every row's variant
     weights    of the evaluated model: "name" and "identity"
-    rows       of the model, the headline first
+    rows       of the model as probes beside the baselines of the same protocol, metric and variant; the headline first
     published  the published numbers
     examples   pictures
     """
 
     def __init__(self, content: dict[str, Any], path: Path) -> None:
         self.content, self.probe = content, read_probe(content, path)
+        self.title = str(content.get("title") or self.probe.dataset)
+        self.split = str(content.get("split") or "")
         self.weights = (_dicts([content.get("weights")]) or [{}])[0]
-        self.rows = _dicts(content.get("rows"))
+        baselines = content.get("baseline_rows")
+        known = {role: _dicts(baselines.get(role)) for role in ROLES} if isinstance(baselines, dict) else {}
+        self.rows = []
+        for row in _dicts(content.get("rows")):
+            beside = {role: each for role, rows in known.items() for each in rows if _key(each) == _key(row)}
+            about = {"dataset": self.probe.dataset, "baselines": beside}
+            self.rows.append(read_probe(row | about, Path("0/row.json")))
         self.published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
         self.examples = sorted((path.parent / "examples" / path.stem).glob("*.png"))
-
-    @property
-    def title(self) -> str:
-        """The dataset's title, else its name."""
-        return str(self.content.get("title") or self.probe.dataset)
-
-    @property
-    def split(self) -> str:
-        """How the images were split, in words, which stands at the end of every row's variant."""
-        return str(self.content.get("split") or "")
-
-    def baseline(self, role: str, row: dict[str, Any]) -> dict[str, Any]:
-        """The baseline's row for the same protocol, metric and variant, or {}."""
-        rows = self.content.get("baseline_rows")
-        candidates = _dicts(rows.get(role)) if isinstance(rows, dict) else []
-        same = ("protocol", "metric", "variant")
-        return next((each for each in candidates if all(each.get(key) == row.get(key) for key in same)), {})
-
-
-class Line(NamedTuple):
-    """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
-
-    Only the first has a verdict and published numbers in its cells.
-    """
-
-    row: dict[str, Any]
-    cells: list[str]
-    is_headline: bool
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -83,7 +64,7 @@ def read_records(folder: Path) -> list[Record]:
     records = [Record(*each) for each in found if each[0].get("format") == FORMAT and is_number(each[0].get("value"))]
     if len({record.weights.get("identity") for record in records}) > 1:
         for record in records:
-            record.content["title"] = f"{record.title}, {record.weights.get('name')}"
+            record.title += f", {record.weights.get('name')}"
     return records
 
 
@@ -97,11 +78,10 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Seq
     records = read_records(folder)
     lines = [record_lines(record) for record in records]
     values: dict[str, Any] = {"lead": _lead(records), "paired_columns": PAIRED, "paired": paired_rows(paired)}
-    cells = [[line.cells for line in each] for each in lines]
-    table = render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
+    table = render("reports/templates/evaluation.md.j2", records=lines, columns=COLUMNS, **values)
     write_atomic(folder / "table.md", table)
     write_atomic(folder / "table.csv", comma_separated(records))
-    values["headlines"] = _filled([line.cells for each in lines for line in each if line.is_headline])
+    values["headlines"] = _filled([line for each in lines for line in each if line["verdict"]])
     values |= {"datasets": list(map(_section, records, lines)), "absent": absent}
     write_atomic(folder / "report.html", html.page("reports/templates/evaluation.html.j2", "Evaluation", **values))
     return folder / "report.html"
@@ -113,16 +93,14 @@ def console_table(records: Sequence[Record]) -> Table:
     table.add_column("measure", overflow="fold")
     for name, width in (("model", 16), ("guessing", 14), *((role, 14) for role in ROLES)):
         table.add_column(name, justify="right", min_width=width)
-    several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
-        name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
-        table.add_row(f"[bold]{in_markup(name)}[/]")
+        table.add_row(f"[bold]{in_markup(record.title)}[/]")
         for line in record_lines(record):
-            _, protocol, metric, value, interval, *others, _, _ = line.cells
-            if line.is_headline:
-                figure, *more = value.split("\n")
-                lines = [figure, f"[{re.sub(' [^ 0-9]+$', '', interval)}]", *more]
-                table.add_row(*map(in_markup, (f"{protocol}\n{metric}", "\n".join(lines), *others)))
+            if line["verdict"]:
+                figure, *more = line["value"].split("\n")
+                figures = "\n".join((figure, line["95 % interval"], *more))
+                others = (line[name] for name in ("guessing", *ROLES))
+                table.add_row(*map(in_markup, (f"{line['protocol']}\n{line['metric']}", figures, *others)))
         table.add_section()
     return table
 
@@ -142,28 +120,27 @@ def comma_separated(records: Sequence[Record]) -> str:
         about = {"dataset": record.probe.dataset, "weights": record.weights.get("identity")}
         about |= {key: record.content.get(key) for key in facts}
         for row in record.rows:
-            against = differences(row)
-            values = {role: record.baseline(role, row).get("value") for role in ROLES} | about
+            against = differences(row.details)
+            values = {role: value for role, (value, *_) in row.baselines.items()} | about
             values |= {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
-            writer.writerow(row | values)
+            writer.writerow(row.details | values)
     return text.getvalue()
 
 
-def _filled(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]], list[int]]:
-    """The columns of a table that have anything in them: names, rows and which hold numbers, of rows under COLUMNS."""
-    kept = [place for place in range(len(COLUMNS)) if any(row[place] not in ("", DASH) for row in rows)]
-    names = [COLUMNS[place] for place in kept]
+def _filled(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]], list[int]]:
+    """The columns of a table that have anything in them: names, rows and which hold numbers, of rows by COLUMNS."""
+    names = [name for name in COLUMNS if any(row[name] not in ("", DASH) for row in rows)]
     numeric = [place for place, name in enumerate(names) if name in NUMBERS]
-    return names, [[row[place] for place in kept] for row in rows], numeric
+    return names, [[row[name] for name in names] for row in rows], numeric
 
 
-def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
+def _section(record: Record, lines: Sequence[dict[str, str]]) -> dict[str, Any]:
     """What the page shows of one dataset."""
     probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
-    words, first = judge(probe), rows[0] if rows else {}
+    words, first = judge(probe), rows[0].details if rows else {}
     seconds = number(record.content.get("seconds"))
     notes = [f"Hyper-parameters were chosen on {first['chosen_on']}."] if first.get("chosen_on") else []
-    notes += dict.fromkeys(str(row.get("note") or "") for row in rows)
+    notes += dict.fromkeys(str(row.details.get("note") or "") for row in rows)
     notes += [f"{line}." for line in (warnings if isinstance(warnings, list) else [])]
     return {
         "record": record,
@@ -173,57 +150,59 @@ def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
         "time": duration(seconds) if not math.isnan(seconds) else "",
         "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
-        "rows": _filled([[DASH, *line.cells[1:-1], DASH] for line in lines]),
-        "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
+        "rows": _filled([line | {"dataset": "", "published": ""} for line in lines]),
+        "classes": [(line["protocol"], class_tables(row.details)) for row, line in zip(rows, lines) if line["verdict"]],
         "galleries": [
             (kind, [html.picture(path, path.stem) for path in paths])
             for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
         ],
-        "settings": json.dumps([row.get("settings") for row in rows], indent=1),
+        "settings": json.dumps([row.details.get("settings") for row in rows], indent=1),
     }
 
 
-def record_lines(record: Record) -> list[Line]:
-    """The rows of a record as cells of a table."""
-    lines: list[Line] = []
+def record_lines(record: Record) -> list[dict[str, str]]:
+    """The rows of a record as cells by COLUMNS; only the first of each protocol has a verdict and published numbers."""
+    lines: list[dict[str, str]] = []
+    protocols: set[str] = set()  # of the lines so far
     for row in record.rows:
-        unit, protocol = str(row.get("unit", "share")), str(row.get("protocol", ""))
-        variant = str(row.get("variant") or "").removesuffix(record.split).removesuffix(", ")
-        is_headline = all(str(line.row.get("protocol", "")) != protocol for line in lines)
-        low, high = _score(row, "low", unit), _score(row, "high", unit)
-        baselines = {role: record.baseline(role, row) for role in ROLES}
-        cells = [
-            record.title,
-            f"{protocol} ({variant})" if variant else protocol,
-            str(row.get("metric", "")),
-            "\nbalanced ".join(filter(None, (_score(row, "value", unit), balanced(row)))),
-            f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
-            _guessing(row, unit),
-            *(_against(role, baseline, row, unit) for role, baseline in baselines.items()),
-            "",
-            "",
-        ]
-        if is_headline:
-            probe = read_probe({**row, "dataset": record.probe.dataset, "baselines": baselines}, Path("0/row.json"))
-            cells[-2:] = judge(probe).short, _published(record, row)
-        lines.append(Line(row, cells, is_headline))
+        details, unit = row.details, row.unit
+        protocol = str(details.get("protocol", ""))
+        variant = str(details.get("variant") or "").removesuffix(record.split).removesuffix(", ")
+        low, high = (score(each, unit) for each in (row.low, row.high))
+        line = dict.fromkeys(COLUMNS, "") | {
+            "dataset": record.title,
+            "protocol": f"{protocol} ({variant})" if variant else protocol,
+            "metric": row.metric,
+            "value": "\nbalanced ".join(filter(None, (score(row.value, unit), balanced(details)))),
+            "95 % interval": f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
+            "guessing": _guessing(row),
+            **{role: _against(role, row) for role in ROLES},
+        }
+        if protocol not in protocols:
+            line |= {"verdict": judge(row).short, "published": _published(record, details)}
+        lines.append(line)
+        protocols.add(protocol)
     return lines
 
 
-def _guessing(row: dict[str, Any], unit: str) -> str:
+def _guessing(row: Probe) -> str:
     """What no look at the images gives: chance, and always naming the largest class."""
-    names = {"chance": "chance", "majority": "largest"}
-    lines = [f"{name} {_score(row, key, unit)}" for key, name in names.items() if is_number(row.get(key))]
-    return "\n".join(lines) or DASH
+    known = {"chance": row.details.get("chance"), "largest": row.details.get("majority")}
+    return (
+        "\n".join(f"{name} {score(number(value), row.unit)}" for name, value in known.items() if is_number(value))
+        or DASH
+    )
 
 
-def _against(role: str, baseline: dict[str, Any], row: dict[str, Any], unit: str) -> str:
+def _against(role: str, row: Probe) -> str:
     """A baseline's figure, and on the next line how the row differs from it."""
-    found = differences(row).get(role)
-    return _score(baseline, "value", unit) + (f"\n{in_cell(found, unit, row.get('n_test'))}" if found else "")
+    value, *_ = row.baselines.get(role, (math.nan,))
+    found = differences(row.details).get(role)
+    said = f"\n{in_cell(found, row.unit, row.details.get('n_test'))}" if found else ""
+    return score(value, row.unit) + said
 
 
-def _published(record: Record, row: dict[str, Any]) -> str:
+def _published(record: Record, row: Mapping[str, Any]) -> str:
     """A few published numbers for the headline's protocol and variant."""
     numbers = [
         f"{each['value']:g} {each.get('model', '')}"
@@ -234,8 +213,8 @@ def _published(record: Record, row: dict[str, Any]) -> str:
     return "; ".join(numbers[:3]) or DASH
 
 
-def _score(row: dict[str, Any], key: str, unit: str) -> str:
-    return score(row[key], unit) if is_number(row.get(key)) else DASH
+def _key(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(key) for key in ("protocol", "metric", "variant")]
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:
@@ -302,4 +281,4 @@ def _lowest(key: str, head: list[str], rows: list[tuple[list[str], Any]]) -> Cla
 
 
 def _share(value: Any) -> str:
-    return score(value) if is_number(value) else DASH
+    return score(number(value))

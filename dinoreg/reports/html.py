@@ -149,11 +149,9 @@ def _chart(
     """
     lines = []
     for key, name in names.items():
-        parts = key.split("+")
-        points = [line for line in run.metrics + run.probe if all(is_number(line.get(part)) for part in parts)]
-        values = [math.fsum(line[part] for part in parts) / UNITS.get(key, 1) for line in points]
-        if points:
-            lines.append(Line(name, [line["step"] for line in points], values))
+        steps, values = run.series(key)
+        if steps:
+            lines.append(Line(name, steps, [value / UNITS.get(key, 1) for value in values]))
     level = run.last("teacher_entropy_max")
     if level is None:
         return Chart(title, "" if "ln K" in note else note, lines, **options)
@@ -182,11 +180,10 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         if chart.band is not None:
-            band, until = chart.band, max(line.x[-1] for line in chart.lines)
-            parts = int(np.searchsorted(band.edges, until, side="left").clip(1, len(band.low)))
-            low, high = (np.append(values[:parts], values[parts - 1]) for values in (band.low, band.high))
-            edges = np.append(band.edges[:parts], until)
-            axes.fill_between(edges, low, high, step="post", color=GRID, linewidth=0)
+            until = max(line.x[-1] for line in chart.lines)
+            parts = max(1, int(np.searchsorted(chart.band.edges, until)))
+            edges, low, high = chart.band.edges[: parts + 1], chart.band.low[:parts], chart.band.high[:parts]
+            axes.stairs(high, edges.clip(max=until), baseline=low, fill=True, color=GRID)
         for number, line in enumerate(chart.lines):
             _draw(axes, line, chart, COLOURS[number % len(COLOURS)])
         _draw_levels(axes, chart.levels)
@@ -323,6 +320,9 @@ class WithPage:
     """A result that has a page, the path of an HTML file by which it is shown in a notebook."""
 
     page: Path
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.page}>"
 
     def _repr_html_(self) -> str:
         shown = html.escape(self.page.read_text(encoding="utf-8"))

@@ -8,13 +8,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.checkpoint.run_folder import SPOKEN, Run, RunState
+from dinoreg.checkpoint.run_folder import Run, RunState
 from dinoreg.checkpoint.steps import PROBED
-from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number, number, pointed_step, read_json
 from dinoreg.runtime.printable import in_markup
-from dinoreg.runtime.templates import score, with_interval
+from dinoreg.runtime.templates import DASH, score, with_interval
 
 NAMES = {"knn_top1": "k-NN", "rankme": "RankMe", "dense_miou": "mIoU", "dse": "DSE"}
 SHARES = ("knn_top1", "dense_miou")
@@ -74,12 +73,6 @@ class ListedRun:
     best: Figure | None
     results: dict[str, float]
 
-    @classmethod
-    def of(cls, run: Run) -> "ListedRun":
-        """What a run's files say."""
-        results = {probe.dataset: probe.value for probe in run.newest_probes()}
-        return cls(run.folder, RunState(run), run.last("loss"), *probed(run), results)
-
     def __repr__(self) -> str:
         return f"<run {self.folder}: {self.state.in_words}, step {self.state.reached:,}, {self.last or 'not probed'}>"
 
@@ -95,7 +88,10 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
     if not place.is_dir():
         raise UserError(f"runs: {folder}: no such folder; expected one with run folders in it")
     configs = [place / "config.yaml"] if (place / "config.yaml").is_file() else place.glob("*/config.yaml")
-    found = [ListedRun.of(Run(path.parent)) for path in configs]
+    found = []
+    for run in (Run(path.parent) for path in configs):
+        results = {probe.dataset: probe.value for probe in run.newest_probes()}
+        found.append(ListedRun(run.folder, RunState(run), run.last("loss"), *probed(run), results))
     if not found:
         raise UserError(f"runs: {folder}: no run in it (a run folder has a config.yaml)")
     return sorted(found, key=lambda each: (-each.state.updated, str(each.folder)))
@@ -108,10 +104,8 @@ def print_runs(folder: str) -> None:
         table.add_column(name, justify="right" if name in ("steps", "loss", "age") else "left", overflow="fold")
     for each in runs(folder):
         state, whole = each.state, each.state.num_steps
-        said = SPOKEN.get(state.phase, state.phase)
-        why = f"\n{in_markup(state.reason)}" if state.reason and state.phase != "running" else ""
         steps = f"{state.reached:,}\nof {whole:,}" if whole and whole != state.reached else f"{state.reached:,}"
         loss = DASH if each.loss is None else f"{each.loss:.3f}"
         figures = (figure.short if figure else DASH for figure in (each.last, each.best))
-        table.add_row(in_markup(each.folder.name), said + why, steps, loss, *figures, state.age)
+        table.add_row(in_markup(each.folder.name), in_markup(state.in_words), steps, loss, *figures, state.age)
     Console(highlight=False).print(table)

@@ -5,6 +5,7 @@ side by side, as a table, what differs in their configs, and their curves over o
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
 from dinoreg.reports.html import CHARTS, Chart, Line, run_charts
 from dinoreg.reports.run_list import probed
-from dinoreg.reports.verdict import DASH, PAIRED, paired_rows, verdict
+from dinoreg.reports.verdict import PAIRED, paired_rows, verdict
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import flatten
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import DASH, score
 
 MAX_LISTED = 200  # skipped images shown by name
 PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of the page
@@ -49,18 +50,18 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
         pictures=[(name, html.picture(run.pictures[name], name)) for name in names if name in run.pictures],
         problem=problem,
         skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],
-        environment=[(key, _plain(value)) for key, value in flatten(run.environment).items()],
+        environment=[(key, _text(value)) for key, value in flatten(run.environment).items()],
     )
     write_atomic(run.folder / "report.html", content)
     return run.folder / "report.html"
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(map(_plain, value))
+        return " ".join(map(_text, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,12 +106,9 @@ def compare_report(runs: Sequence[Run], out: Path | None = None, paired: Sequenc
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Column headings and one row of text per run, with a dash for what is not known; empty columns are left out."""
-    datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
     rows = []
     for run, name in zip(runs, names):
         rates, (last, best) = run.series("images_per_second")[1], probed(run)
-        figures = {p.dataset: [score(v, p.unit) for v in (p.value, p.low, p.high)] for p in run.newest_probes()}
-        probes = {dataset: f"{value} ({low} to {high})" for dataset, (value, low, high) in figures.items()}
         row = {
             "run": name,
             "state": RunState(run).in_words,
@@ -122,11 +120,14 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
             "probe, last (95 %)": str(last or ""),
             "probe, best (95 %)": str(best or ""),
             "RankMe": _number(run.last("rankme")),
+            "problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events)),
         }
-        row |= {f"{dataset} (95 %)": probes.get(dataset, "") for dataset in datasets}
-        rows.append(row | {"problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events))})
-    filled = [column for column in rows[0] if column == "run" or any(row[column] for row in rows)]
-    return filled, [[row[column] or DASH for column in filled] for row in rows]
+        for probe in run.newest_probes():
+            value, low, high = (score(each, probe.unit) for each in (probe.value, probe.low, probe.high))
+            row[f"{probe.dataset} (95 %)"] = f"{value} ({low} to {high})"
+        rows.append(row)
+    columns = [column for column in dict.fromkeys(chain(*rows)) if any(row.get(column) for row in rows)]
+    return columns, [[row.get(column) or DASH for column in columns] for row in rows]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -166,7 +167,3 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)

@@ -14,12 +14,11 @@ from dinoreg.checkpoint.steps import against_start, probe_in_words
 from dinoreg.runtime.guide import after_training, next_commands
 from dinoreg.runtime.json_files import flatten, is_number, number
 from dinoreg.runtime.printable import enumerated
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import DASH, score
 
 MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
 SPOKEN = {"random init": "the untrained network", MAJORITY: "always naming the largest class"}  # in a sentence
 TONES = {"worse": "bad", "not shown": "warn", "no difference": "warn", "better": "good"}  # the worst first
-DASH = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def verdict(run: Run) -> Verdict:
         return judge_inside(probed[-1], commands, health(run))
     if run.metrics:
         headline = "Nothing has been measured on the features yet."
-        return Verdict("plain", headline, (progress(run), health(run), commands))
-    return Verdict("plain", "The run has just begun: there are no metrics yet.", (progress(run),))
+        return Verdict("plain", headline, (health(run), commands))
+    return Verdict("plain", "The run has just begun: there are no metrics yet.")
 
 
 def judge_inside(line: Mapping[str, Any], *sentences: str) -> Verdict:
@@ -188,9 +187,3 @@ def health(run: Run) -> str:
     if not names:
         return "The health monitor found nothing wrong."
     return f"The health monitor named {len(names)} problem{'s' * (len(names) > 1)}: {', '.join(names)}."
-
-
-def progress(run: Run) -> str:
-    """How far the run is, in a sentence."""
-    total = f" of {run.num_steps:,}" if run.num_steps else ""
-    return f"The run is at step {run.step:,}{total}."

@@ -58,10 +58,8 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Number of CPU cores that this process may use; in a job or a container often fewer than there are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _cgroups(root, "cpu"):
-        quota = (
-            read_text(group / "cpu.max") or f"{_text(group, 'cpu.cfs_quota_us')} {_text(group, 'cpu.cfs_period_us')}"
-        )
-        share, _, period = quota.strip().partition(" ")
+        first_version = f"{_text(group, 'cpu.cfs_quota_us')} {_text(group, 'cpu.cfs_period_us')}"
+        share, _, period = (_text(group, "cpu.max") or first_version).partition(" ")
         if share.isdigit() and period.isdigit() and int(period):
             cores = min(cores, max(1, math.ceil(int(share) / int(period))))
     return cores

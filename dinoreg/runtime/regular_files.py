@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from dinoreg.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ def read_regular(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
         return file.read()
 
 
-def load_array(path: str | os.PathLike[str], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+def load_array(path: str | os.PathLike[str]) -> np.ndarray:
     """The array of a .npy file; OSError or ValueError, in words, for one that is damaged or holds objects."""
     import numpy as np  # not for help and messages
 
@@ -64,7 +64,7 @@ def load_array(path: str | os.PathLike[str], mmap_mode: Literal["r"] | None = No
         if file.read(6) != np.lib.format.MAGIC_PREFIX:
             raise ValueError("not a .npy file")
         try:
-            return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+            return np.load(path, allow_pickle=False)
         except (SyntaxError, EOFError, MemoryError, OverflowError, TypeError, tokenize.TokenError) as error:
             raise ValueError(f"not a whole .npy file ({type(error).__name__})") from None
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dinoreg.runtime.printable import printable
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|(?:px|points|images|steps|s|min|h|d|GiB|MB|M)\b))")
+DASH = "\u2013"  # for what is not known
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -65,7 +66,12 @@ def percent(share: float) -> str:
 
 
 def score(value: float, unit: str = "share") -> str:
-    """A value with its unit: a share in 0 to 1 as a percentage (0.7123 -> 71.2 %), other shares as plain numbers."""
+    """A value with its unit: a share in 0 to 1 as a percentage (0.7123 -> 71.2 %), other shares as plain numbers.
+
+    NaN is a dash.
+    """
+    if math.isnan(value):
+        return DASH
     if unit != "share":
         return f"{value:.3g} {unit}"
     return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinoreg.config.schema import LossConfig
 from dinoreg.losses.centering import update_center
 from dinoreg.losses.distill import distill_loss, resample_tokens
 from dinoreg.models.vit import Tokens
@@ -19,18 +18,17 @@ from dinoreg.train.state import TrainState
 
 
 def distill_backward(
-    state: TrainState, crops: Tensor, loss: LossConfig, dtype: torch.dtype, seeds: Sequence[int], frozen: bool
+    state: TrainState, crops: Tensor, seeds: Sequence[int], frozen: bool
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Add the gradients of the distance to the tutor's tokens to the student's, a micro-batch for each seed.
 
     crops    (2B, C, H, W), as the loader cut them; len(seeds) divides B
-    dtype    of autocast
     seeds    of the networks' own randomness (drop path)
     frozen   no gradient goes to the backbone, only to the projections
     returns  {"distill_cls", "distill_patch", "total"}, as `StepResult.losses`; the student's class tokens (2B, D),
              float32; the centres {"cls", "patch"} for the next step, each (1, D')
     """
-    tutor, ranks, student = state.tutor, state.ranks, state.train_modules
+    tutor, ranks, student, loss = state.tutor, state.ranks, state.train_modules, state.loss
     assert tutor is not None
     weights = {"distill_cls": 1.0, "distill_patch": loss.distill_patch_weight}
     sums: list[Tensor] = []
@@ -40,7 +38,7 @@ def distill_backward(
         seen = tutor.tokens(part)
         torch.manual_seed(seeds[index])
         with without_reduction(student, index + 1 < len(seeds)):
-            with autocast(part.device, dtype):
+            with autocast(part.device, state.dtype):
                 with torch.set_grad_enabled(not frozen):
                     tokens: Tokens = student["backbone"](tutor.for_student(part))
                 cls_tokens, patch_tokens = student["distill_head"](tokens.cls, tokens.patches)

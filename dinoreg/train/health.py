@@ -6,7 +6,7 @@ updates and pixels are measured where metrics are written. A diagnosis is a name
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import rankme
+from dinoreg.losses.paka import LEAST_OVERLAP
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
@@ -138,6 +139,12 @@ def _stale_data(x: Signals) -> Iterator[str]:
 def _mask_ratio(x: Signals) -> Iterator[str]:
     if not math.isnan(x["ibot_loss"]) and not 0.02 <= x["masked"] <= 0.8:
         yield f"{x['masked']:.0%} of the patches of a masked crop are hidden (DINOv2: 10 % to 50 %)"
+
+
+@_rule("Lower crops.local_scale or raise crops.global_scale, or set loss.paka_weight=0.")
+def _apart_crops(x: Signals) -> Iterator[str]:
+    if x["paka_loss"] == 0:
+        yield f"no local crop lies by {LEAST_OVERLAP:.0%} in a global one: loss.paka_weight has nothing to align"
 
 
 @_rule("Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.")
@@ -373,21 +380,18 @@ class WeightWatch:
         self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks, frozen: Collection[str] = ()
     ) -> None:
         self.ranks = ranks
-        self.student, backbone = student["backbone"], teacher["backbone"]
         self.parts = parts_of(student, teacher, frozen)
-        matrices = [name for name, p in backbone.named_parameters() if p.ndim == 2 and "blocks" in name]
-        names = [name for name in matrices if self.student.get_parameter(name).requires_grad]
-        self.names = names[:: max(1, len(names) // 4)][:4]
-        self.teacher = [local(backbone.get_parameter(name)) for name in self.names]
-        self._before: list[Tensor] = []
+        pairs = zip(student["backbone"].named_parameters(), teacher["backbone"].parameters(), strict=True)
+        matrices = [
+            (p, average) for (name, p), average in pairs if p.ndim == 2 and "blocks" in name and p.requires_grad
+        ]
+        chosen = matrices[:: max(1, len(matrices) // 4)][:4]
+        self.student, self.teacher = ([local(pair[side]).detach() for pair in chosen] for side in (0, 1))
+        self._before: list[list[Tensor]] = []
 
-    def _current(self) -> list[Tensor]:
-        return [local(self.student.get_parameter(name)).detach() for name in self.names]
-
-    @torch.no_grad()
     def before(self) -> None:
         """Copy the weights as they are before a step."""
-        self._before = [weight.clone() for weight in (*self._current(), *self.teacher)]
+        self._before = [[weight.clone() for weight in weights] for weights in (self.student, self.teacher)]
 
     @torch.no_grad()
     def after(self) -> dict[str, Any]:
@@ -397,15 +401,14 @@ class WeightWatch:
                  the step changed in the teacher; and where some parts of the networks, but not all, are as they were
                  at the start, their names as frozen_parts. Waits for the device
         """
-        before, self._before = self._before, []
-        current, count = self._current(), len(self.names)
-        differences = {
-            "update_ratio": [now - then for now, then in zip(current, before[:count])],
-            "teacher_distance": [now - average for now, average in zip(current, self.teacher)],
-            "teacher_moved": [now - then for now, then in zip(self.teacher, before[count:])],
+        (student, teacher), self._before = self._before, []
+        pairs = {
+            "update_ratio": (self.student, student),
+            "teacher_distance": (self.student, self.teacher),
+            "teacher_moved": (self.teacher, teacher),
         }
-        norm = self._norm(before[:count])
-        measured: dict[str, Any] = {name: float(self._norm(each) / norm) for name, each in differences.items()}
+        apart, norm = {name: torch._foreach_sub(*pair) for name, pair in pairs.items()}, self._norm(student)
+        measured: dict[str, Any] = {name: float(self._norm(each) / norm) for name, each in apart.items()}
         still = self._still_parts()
         return measured | ({"frozen_parts": ", ".join(still)} if 0 < len(still) < len(self.parts) else {})
 
@@ -416,7 +419,7 @@ class WeightWatch:
         most = self.ranks.all_reduce_max(torch.stack(apart)).tolist() if apart else []  # none: all of it is left alone
         return [name for name, distance in zip(self.parts, most) if distance == 0]
 
-    def _norm(self, tensors: list[Tensor]) -> Tensor:
+    def _norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The L2 norm over all processes. Every replica of a tensor counts, which cancels in ratios of such norms."""
         squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
         return self.ranks.all_reduce_sum(squares).sqrt()

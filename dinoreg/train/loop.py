@@ -134,9 +134,7 @@ def train(
             last = state.step + 1 == num_steps
             if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
-            result = train_step(
-                state, batch, now, loss=config.loss, optim=config.optim, dtype=setup.dtype, seed=config.seed
-            )
+            result = train_step(state, batch, now)
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)
             if logs_now:  # the one place that waits for the device
@@ -293,7 +291,7 @@ class Signals:
     Outside the main thread signals are left alone.
     """
 
-    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.received = 0
@@ -301,9 +299,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for name in self.NAMES:
-                number = getattr(signal, name, None)
-                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            for number in self.NUMBERS:
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 

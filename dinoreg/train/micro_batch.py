@@ -1,29 +1,20 @@
 """Parts of a batch, for steps that take less memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.data.loader import Batch
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """A part of a batch: the global and local crops of some images (b of them), and where its rows are in the batch."""
+@dataclass
+class MicroBatch(Batch):
+    """A part of a batch, the batch of some of its images (b of them), and where its rows are in the whole one."""
 
-    global_crops: Tensor  # (2b, C, H, W)
-    local_crops: Tensor | None  # (L·b, C, h, w)
-    mask: Tensor  # (2b, N)
-    mask_indices: Tensor  # (m,) into 2b·N
-    mask_weights: Tensor  # (m,)
-    rows: Tensor | slice  # (2b,) rows of the whole batch's global crops
-    masked_rows: Tensor | slice  # (m,) rows of the whole batch's masked patches
-    images: np.ndarray  # (b,) int64, their numbers in the data
-    clean_crops: Tensor | None = None  # (2b, C, H', W'), see `Batch`
-    places: Tensor | None = None  # (2, L, b, 2, 3), see `Batch`
+    rows: Tensor | slice = field(kw_only=True)  # (2b,) of the whole batch's global crops
+    masked_rows: Tensor | slice = field(kw_only=True)  # (m,) of the whole batch's masked patches
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
@@ -32,35 +23,34 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
     count  divides the number of images B
     """
     if count == 1:
-        tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
-        yield MicroBatch(*tensors, slice(None), slice(None), batch.sample_ids, batch.clean_crops, batch.places)
+        yield MicroBatch(**vars(batch), rows=slice(None), masked_rows=slice(None))
         return
     num_images = batch.global_crops.shape[0] // 2
     num_patches = batch.mask.shape[1]
     size = num_images // count
     crop_of_patch = batch.mask_indices // num_patches
     image_of_patch = crop_of_patch % num_images
-    hidden = batch.hidden.reshape(2, count, size).sum(axis=(0, 2))  # of each part; known here, so that nobody waits
+    hidden = batch.hidden.reshape(2, count, size)  # of each part; known here, so that nobody waits
     for part in range(count):
         own = slice(part * size, (part + 1) * size)
         images = torch.arange(own.start, own.stop, device=batch.global_crops.device)
         rows = torch.cat([images, images + num_images])
-        masked_rows = torch.nonzero_static(image_of_patch // size == part, size=int(hidden[part]))[:, 0]
+        masked_rows = torch.nonzero_static(image_of_patch // size == part, size=int(hidden[:, part].sum()))[:, 0]
         own_row = image_of_patch[masked_rows] - part * size + size * (crop_of_patch[masked_rows] // num_images)
-        local_crops = None
-        if batch.local_crops is not None:
-            local_crops = batch.local_crops.unflatten(0, (-1, num_images))[:, own].flatten(0, 1)
-        yield MicroBatch(
-            batch.global_crops[rows],
-            local_crops,
-            batch.mask[rows],
-            own_row * num_patches + batch.mask_indices[masked_rows] % num_patches,
-            batch.mask_weights[masked_rows],
-            rows,
-            masked_rows,
-            batch.sample_ids[own],
-            None if batch.clean_crops is None else batch.clean_crops[rows],
-            None if batch.places is None else batch.places[:, :, own],
+        local_crops = batch.local_crops
+        if local_crops is not None:
+            local_crops = local_crops.unflatten(0, (-1, num_images))[:, own].flatten(0, 1)
+        yield replace(
+            MicroBatch(**vars(batch), rows=rows, masked_rows=masked_rows),
+            global_crops=batch.global_crops[rows],
+            local_crops=local_crops,
+            mask=batch.mask[rows],
+            mask_indices=own_row * num_patches + batch.mask_indices[masked_rows] % num_patches,
+            mask_weights=batch.mask_weights[masked_rows],
+            hidden=hidden[:, part].ravel(),
+            sample_ids=batch.sample_ids[own],
+            clean_crops=None if batch.clean_crops is None else batch.clean_crops[rows],
+            places=None if batch.places is None else batch.places[:, :, own],
         )
 
 

@@ -259,12 +259,11 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     # A kill leaves what counts as unfinished, so that the run can be started again (`check_out`).
     path = out / f".shared-{ranks.from_main(secrets.token_hex(8))}.part"
     try:
-        with ranks.collective_errors():
+        with ranks.main_first():
             if ranks.is_main:
                 with reworded(f"out={out}: cannot be written", OSError):
                     out.mkdir(parents=True, exist_ok=True)
                     path.touch()
-        with ranks.collective_errors():
             deadline = time.monotonic() + SHARED_SECONDS
             while not path.exists():
                 if time.monotonic() > deadline:

@@ -225,10 +225,10 @@ def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
     found = read_labelled(spec, *places, config.probe.columns, "probe.columns", "probe.root")
     if found.labels.ndim > 1:
         raise UserError(f"{key}={spec}: has several labels an image, expected one")
-    source = found.source()
+    source = found.source
     source.value_range = ValueRange.of(config.data.range)
     seen = survey(source, config.model.in_channels, what=key).warnings
-    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over), *seen))
+    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(source.passed_over), *seen))
     words = np.array(found.words or [])
     queried = next((split for split in ("val", "test") if split in words), None)
     parts = None

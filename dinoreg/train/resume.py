@@ -91,9 +91,10 @@ class Checkpoints:
         state.history |= {"source": self.source.fingerprint(), "bad": bad}
         try:
             self.writer.save(state.step, state.tensors(), state.numbers(), best=best, wait=wait)
-        finally:
-            published = self.report()
-        self._notify(published)
+        except BaseException:
+            self.poll(announce=False)
+            raise
+        self.poll()
 
     def save_last(self, state: TrainState, bad: Mapping[str, str]) -> bool:
         """Save the last whole step, between two; returns whether there was one that was not saved yet."""
@@ -112,12 +113,11 @@ class Checkpoints:
         except (RunError, OSError) as error:
             self.log.say(f"the state of step {state.step} could not be saved: {one_line(error)}", logging.WARNING)
 
-    def poll(self) -> None:
-        """Log the checkpoints that failed since the last call and announce published ones; never waits."""
-        self._notify(self.report())
+    def poll(self, announce: bool = True) -> None:
+        """Log the checkpoints that failed since the last call, announce published ones; never waits.
 
-    def report(self) -> list[int]:
-        """As `poll`, without calling `on_checkpoint`; returns the steps of the checkpoints published since then."""
+        announce  False: do not call `on_checkpoint`
+        """
         for failure in self.writer.poll():
             self.log.say(f"{failure.message}. {failure.remedy}", logging.WARNING)
             event = {"name": "checkpoint-failed", "message": failure.message, "remedy": failure.remedy}
@@ -126,10 +126,7 @@ class Checkpoints:
         if published and self.writer.owns():
             with suppress(OSError):
                 self.write_status(published[-1])
-        return published
-
-    def _notify(self, published: list[int]) -> None:
-        if self.on_checkpoint is not None and self.ranks.is_main:
+        if announce and self.on_checkpoint is not None and self.ranks.is_main:
             for step in published:
                 self.on_checkpoint(step, self.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
 
@@ -192,5 +189,5 @@ class Checkpoints:
         """Wait for the checkpoint that is being written, and log the outcome; `bad` as for `save`."""
         self.writer.close()
         with suppress(OSError):  # a full disk has been reported by then
-            self.report()
+            self.poll(announce=False)
             self._write_skipped(bad)

@@ -38,9 +38,8 @@ class Networks(nn.ModuleDict):
 
 
 class TrainState:
-    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, `seen`, tutor and a fixed anchor.
+    """The state of a run; a checkpoint holds all but what is fixed: `train_modules` to `seed`, and a fixed anchor.
 
-    train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
     centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering); with a
                    tutor {"cls": (1, D'), "patch": (1, D')}, of its tokens
     loss_scale ()  multiplies the loss before the backward pass; changes in fp16 only
@@ -52,9 +51,14 @@ class TrainState:
     history        JSON values: fingerprint of the data, identity of the tutor, unreadable images, best probe
     anchor         the frozen backbone that a loss holds to; None where no loss does
     anchor_moves   whether it is an earlier teacher of the run, and so a part of checkpoints; else that of `init=`
+    train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
     seen           (I, D) class tokens of all images at the start; None where loss.diet_weight is 0
     tutor          the frozen network of `distill=`, which every process holds whole; None without
     ranks          the processes that train it together
+    dtype          of autocast; float16 comes with loss scaling
+    loss, optim    the options of the losses and the optimizer; optim.accumulate is the number of micro-batches of a
+                   step, which divides that of images
+    seed           of the run
     """
 
     def __init__(
@@ -107,7 +111,8 @@ class TrainState:
         self.scale_age = torch.zeros((), dtype=torch.int32, device=device)
         self.rejected = torch.zeros((), device=device)
         self.anchor, self.anchor_moves = anchor, config.loss.gram_weight > 0
-        self.seen, self.tutor, self.ranks = seen, tutor, ranks
+        self.seen, self.tutor, self.ranks, self.dtype = seen, tutor, ranks, dtype
+        self.loss, self.optim, self.seed = config.loss, config.optim, config.seed
         self.step = self.position = self.rollbacks = 0
         self.history: dict[str, Any] = {}
 

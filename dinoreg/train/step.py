@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinoreg.config.schema import LossConfig, OptimConfig
 from dinoreg.data.loader import Batch
-from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.distributed.process_group import Ranks
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinoreg.losses.diet import diet_loss
@@ -80,13 +79,13 @@ class Held:
     num_pairs ()    the same of pairs of crops that overlap, of `paka_loss`
     """
 
+    num_visible: Tensor
+    num_pairs: Tensor
     anchor: nn.Module | None = None
     teacher: nn.Module | None = None
-    num_visible: Tensor | None = None
-    num_pairs: Tensor | None = None
 
 
-NOT_HELD = Held()
+NOT_HELD = Held(torch.ones(()), torch.ones(()))
 
 
 def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
@@ -105,31 +104,19 @@ def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -
 
 
 @torch.no_grad()
-def teacher_targets(
-    teacher: Modules,
-    batch: Batch,
-    centers: dict[str, Tensor],
-    teacher_temp: float,
-    loss: LossConfig,
-    dtype: torch.dtype,
-    accumulate: int = 1,
-    ranks: Ranks = ALONE,
-) -> Targets:
+def teacher_targets(state: TrainState, batch: Batch, teacher_temp: float) -> Targets:
     """The teacher's prototype assignments of both views and of the masked patches, over the whole batch.
 
-    teacher       in eval mode; it sees the global crops without masks
-    centers       {"dino": (1, K), "ibot": (1, K')}, used for softmax centering only
+    It sees the global crops without masks. All processes, whose batches are one batch, call together.
+
     teacher_temp  > 0
-    dtype         of autocast
-    accumulate    number of micro-batches that the batch is computed in
-    ranks         the processes whose batches are one batch; all of them call together
     """
-    device = batch.global_crops.device
-    parts = list(micro_batches(batch, accumulate))
+    loss, teacher, centers, ranks = state.loss, state.teacher, state.centers, state.ranks
+    parts = list(micro_batches(batch, state.optim.accumulate))
     crops, masked = [part.rows for part in parts], [part.masked_rows for part in parts]
     outputs = []
     for part in parts:
-        with autocast(device, dtype):
+        with autocast(batch.global_crops.device, state.dtype):
             (tokens,) = teacher["backbone"]([part.global_crops], None, [part.mask_indices])
             cls_part, patch_part = project(teacher, [tokens.cls], tokens.patches)
         # A copy: a view would keep the patch tokens in memory for as long as the health checks hold the features.
@@ -171,27 +158,19 @@ def student_inputs(part: MicroBatch, held: Held) -> tuple[list[Tensor], list[Ten
 
 
 def student_losses(
-    student: Modules,
-    part: MicroBatch,
-    targets: Targets | None,
-    loss: LossConfig,
-    dtype: torch.dtype,
-    held: Held = NOT_HELD,
-    frozen: bool = False,
-    seen: Tensor | None = None,
+    state: TrainState, part: MicroBatch, targets: Targets | None, held: Held = NOT_HELD, frozen: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of a micro-batch, and the student's global class tokens (2b, D).
 
-    targets         None where no loss has any
-    dtype           of autocast
-    held            what the tokens are held to besides
-    frozen          no gradient goes to the backbone, only to the heads
-    seen            (I, D) of `diet_loss`; None: no such loss
-    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet", those of `held_losses`, each () float32
+    targets  None where no loss has any
+    held     what the tokens are held to besides
+    frozen   no gradient goes to the backbone, only to the heads
+    returns  {"dino_global", "dino_local", "ibot"} with targets, "diet", those of `held_losses`, each () float32
     """
+    student, seen, temp = state.train_modules, state.seen, state.loss.student_temp
     groups, masks, patches = student_inputs(part, held)
     num_masked = len(part.mask_indices)
-    with autocast(part.global_crops.device, dtype):
+    with autocast(part.global_crops.device, state.dtype):
         with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
             tokens = student["backbone"](groups, masks, patches)
         global_tokens = tokens[0].cls
@@ -201,37 +180,30 @@ def student_losses(
     losses = {}
     if targets is not None:
         global_logits, *local_logits, patch_logits = logits
-        temp, local_group = loss.student_temp, local_logits[0] if local_logits else None
+        local_group = local_logits[0] if local_logits else None
         dino_global, dino_local = dino_loss(global_logits, local_group, targets.dino[part.rows], temp)
         ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
         losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
     if seen is not None:
-        crops, images = torch.cat(cls_tokens), torch.from_numpy(part.images).to(seen.device, non_blocking=True)
+        crops, images = torch.cat(cls_tokens), torch.from_numpy(part.sample_ids).to(seen.device, non_blocking=True)
         losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
-    return losses | held_losses(part, tokens, patches[0], visible, loss, dtype, held), global_tokens
+    return losses | held_losses(state, part, tokens, patches[0], visible, held), global_tokens
 
 
 def held_losses(
-    part: MicroBatch,
-    tokens: list[ChosenTokens],
-    indices: Tensor,
-    visible: Tensor,
-    loss: LossConfig,
-    dtype: torch.dtype,
-    held: Held,
+    state: TrainState, part: MicroBatch, tokens: list[ChosenTokens], indices: Tensor, visible: Tensor, held: Held
 ) -> dict[str, Tensor]:
     """The unweighted losses of a micro-batch to what it is held to: {"anchor", "gram", "paka"}, those that are on.
 
     tokens   of the student, of the global crops and, for "paka", of the local ones with all their patches
     indices  (m,) int64 of the patches in tokens[0], into 2b·N
     visible  (v, D) the last of them, which are not masked
-    dtype    of autocast
     """
     losses: dict[str, Tensor] = {}
-    device = part.global_crops.device
+    loss, where = state.loss, (part.global_crops.device, state.dtype)
     if held.anchor is not None:
         crops = part.clean_crops if loss.gram_weight > 0 and loss.gram_size is not None else part.global_crops
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(*where):
             anchored = held.anchor(crops)
         if loss.gram_weight > 0:
             own = tokens[0].patches.new_empty(part.mask.numel(), tokens[0].patches.shape[1])
@@ -242,8 +214,7 @@ def held_losses(
             losses["anchor"] = anchor_loss(tokens[0].cls, visible, anchored.cls, anchor_patches, held.num_visible)
     if held.teacher is not None:
         assert part.places is not None
-        assert held.num_pairs is not None
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(*where):
             (seen,) = held.teacher([part.clean_crops])
         losses["paka"] = paka_loss(tokens[1].patches, seen.patches, part.places, held.num_pairs)
     return losses
@@ -277,50 +248,40 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, r
     return value.detach(), size * gradient.unflatten(1, (size, -1))[:, ranks.rank % size].flatten(0, 1)
 
 
-def held_to(state: TrainState, batch: Batch, loss: LossConfig, accumulate: int, gram: bool) -> Held:
+def held_to(state: TrainState, batch: Batch, gram: bool) -> Held:
     """What a step is held to; every process calls this.
 
-    accumulate  number of micro-batches
-    gram        whether `loss.gram_weight` counts by now
+    gram  whether `loss.gram_weight` counts by now
     """
+    loss, accumulate = state.loss, state.optim.accumulate
     anchor = state.anchor if loss.anchor_weight > 0 or gram else None
-    teacher = num_visible = num_pairs = None
+    teacher, num_visible, num_pairs = None, torch.ones(()), torch.ones(())
     if anchor is not None and loss.anchor_weight > 0:
         num_visible = state.ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate
     if loss.paka_weight > 0:
         assert batch.places is not None
         teacher = state.teacher["backbone"]
         num_pairs = state.ranks.all_reduce_mean(overlapping(batch.places).sum().float()) / accumulate
-    return Held(anchor, teacher, num_visible, num_pairs)
+    return Held(num_visible, num_pairs, anchor, teacher)
 
 
 def backward(
-    state: TrainState,
-    batch: Batch,
-    targets: Targets | None,
-    loss: LossConfig,
-    dtype: torch.dtype,
-    accumulate: int,
-    seed: int,
-    frozen: bool = False,
-    gram: bool = False,
+    state: TrainState, batch: Batch, targets: Targets | None, seed: int, frozen: bool = False, gram: bool = False
 ) -> dict[str, Tensor]:
     """Add the gradients of the total loss to the student's; returns the weighted losses, detached.
 
-    dtype       of autocast
-    accumulate  number of micro-batches; it divides the number of images
-    seed        of the networks' own randomness in this step, see `micro_batch_seed`
-    frozen      no gradient goes to the backbone, only to the heads
-    gram        whether `loss.gram_weight` counts by now
-    returns     as `StepResult.losses`; gradients are multiplied by state.loss_scale, losses are not
+    seed     of the networks' own randomness in this step, see `micro_batch_seed`
+    frozen   no gradient goes to the backbone, only to the heads
+    gram     whether `loss.gram_weight` counts by now
+    returns  as `StepResult.losses`; gradients are multiplied by state.loss_scale, losses are not
 
     With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
     KoLeo's gradient with respect to them is taken, and each micro-batch's backward pass carries its part of it. Drop
     path draws the same samples both times because every micro-batch sets its seed again. The tokens of other processes
     take part in the same way.
     """
-    weights = loss.weights
-    held = NOT_HELD if frozen else held_to(state, batch, loss, accumulate, gram)
+    loss, weights, accumulate = state.loss, state.loss.weights, state.optim.accumulate
+    held = NOT_HELD if frozen else held_to(state, batch, gram)
     parts, ranks = list(micro_batches(batch, accumulate)), state.ranks
     seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
     koleo, search = loss.koleo_weight > 0, (loss.koleo_weight, loss.koleo_ranks, ranks)
@@ -328,13 +289,12 @@ def backward(
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
     if koleo and accumulate > 1:
-        features = _class_tokens(state.student, parts, dtype, seeds, held)
+        features = _class_tokens(state, parts, seeds, held)
         totals["koleo"], koleo_gradient = koleo_of_processes(features, *search)
     for index, part in enumerate(parts):
         torch.manual_seed(seeds[index])
         with without_reduction(state.train_modules, index + 1 < len(parts)):
-            networks = state.train_modules
-            losses, cls_tokens = student_losses(networks, part, targets, loss, dtype, held, frozen, state.seen)
+            losses, cls_tokens = student_losses(state, part, targets, held, frozen)
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
                 share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
@@ -353,16 +313,14 @@ def backward(
 
 
 @torch.no_grad()
-def _class_tokens(
-    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seeds: list[int], held: Held
-) -> Tensor:
+def _class_tokens(state: TrainState, parts: list[MicroBatch], seeds: list[int], held: Held) -> Tensor:
     """The student's global class tokens (2B, D) float32, equal to those of the passes with gradient."""
     tokens = []
     for part, seed in zip(parts, seeds):
         torch.manual_seed(seed)
         # The local crops take part so that drop path consumes the same random numbers in both passes.
-        with autocast(part.global_crops.device, dtype):
-            tokens.append(student["backbone"](*student_inputs(part, held))[0].cls.float())
+        with autocast(part.global_crops.device, state.dtype):
+            tokens.append(state.student["backbone"](*student_inputs(part, held))[0].cls.float())
     return restore(tokens, [part.rows for part in parts])
 
 
@@ -374,32 +332,26 @@ def micro_batch_seed(seed: int, index: int, rank: int) -> int:
     return (seed * 1_000_003 + index + rank * 998_244_353_000) % 2**63
 
 
-def train_step(
-    state: TrainState, batch: Batch, now: Now, *, loss: LossConfig, optim: OptimConfig, dtype: torch.dtype, seed: int
-) -> StepResult:
+def train_step(state: TrainState, batch: Batch, now: Now) -> StepResult:
     """One optimizer step, which updates `state` in place; every process calls it together.
 
-    now    the scheduled values of the step
-    optim  of which clipping, the number of micro-batches, which divides that of images, and `move_on_skip` count here
-    dtype  of autocast; float16 comes with loss scaling
-    seed   of the run
+    now  the scheduled values of the step
 
     A step whose loss or gradient is not finite changes counters and the loss scale only. Whether it is
     finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
     the backbone gets no gradient, so neither its learning rate nor weight decay can change it.
     """
+    loss, optim, ranks = state.loss, state.optim, state.ranks
     if now.renew and loss.gram_weight > 0:
         state.renew_anchor()
     state.optimizer.zero_grad(set_to_none=True)
-    step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
-    accumulate, move_on_skip = optim.accumulate, optim.move_on_skip
+    seed, frozen = state.seed * 2**32 + state.step, now.backbone == 0.0
     if state.tutor is None:
-        seen = (state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks)
-        targets = teacher_targets(*seen) if loss.distils else None
-        losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen, now.gram)
+        targets = teacher_targets(state, batch, now.teacher_temp) if loss.distils else None
+        losses = backward(state, batch, targets, seed, frozen, now.gram)
     else:
-        seeds = [micro_batch_seed(step_seed, index, state.ranks.rank) for index in range(accumulate)]
-        losses, features, centers = distill_backward(state, batch.global_crops, loss, dtype, seeds, frozen)
+        seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(optim.accumulate)]
+        losses, features, centers = distill_backward(state, batch.global_crops, seeds, frozen)
         none = features[:, :0]
         targets = Targets(none, none, features, centers)
     for networks in (state.student, state.teacher):
@@ -407,16 +359,17 @@ def train_step(
     norms = clip_gradients(state.student, optim.clip_grad, state.optimizer, state.loss_scale)
     finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
     # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
-    accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
+    accepted = 1.0 - ranks.all_reduce_max((~finite).float())
 
     set_rates(state.optimizer, now)
     state.optimizer.found_inf = 1.0 - accepted
     state.optimizer.step()
-    update_teacher(state.teacher, state.student, now.momentum, torch.ones_like(accepted) if move_on_skip else accepted)
+    moves = torch.ones_like(accepted) if optim.move_on_skip else accepted
+    update_teacher(state.teacher, state.student, now.momentum, moves)
     for name, center in (targets.centers if targets else {}).items():
-        moves = center.isfinite().all() if move_on_skip else accepted.bool()
-        state.centers[name] = torch.where(moves, center, state.centers[name])
-    if dtype == torch.float16:
+        finite = center.isfinite().all() if optim.move_on_skip else accepted.bool()
+        state.centers[name] = torch.where(finite, center, state.centers[name])
+    if state.dtype == torch.float16:
         _move_loss_scale(state, accepted)
     state.rejected = (state.rejected + 1.0) * (1.0 - accepted)
     state.step += 1
@@ -425,9 +378,6 @@ def train_step(
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:
-    """As torch.amp: halve on overflow, down to 1, double after 2000 finite steps."""
-    grown = state.scale_age + 1 >= 2000
-    larger = torch.where(grown, state.loss_scale * 2.0, state.loss_scale)
-    smaller = (state.loss_scale * 0.5).clamp(min=1.0)
-    state.loss_scale = torch.where(accepted.bool(), larger, smaller)
-    state.scale_age = torch.where(accepted.bool() & ~grown, state.scale_age + 1, 0)
+    """As torch.amp: halve on overflow, but down to 1 only, double after 2000 finite steps."""
+    torch._amp_update_scale_(state.loss_scale, state.scale_age, 1.0 - accepted, 2.0, 0.5, 2000)
+    state.loss_scale.clamp_(min=1.0)

@@ -83,17 +83,16 @@ def token_names(num_registers: int) -> list[str]:
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
-def attention_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
+def attention_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray) -> Image.Image:
     """One row per image: the picture, then the map of the class token and of each register (1 + 1 + R tiles).
 
     images  (B, C, H, W) normalised, on the model's device
     pixels  (B, H, W, 3) uint8, the same images to show
-    height  of the tiles in pixels
 
     Every map is scaled to its brightest patch.
     """
     maps = attention_maps(model, images).cpu().numpy()
-    rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
+    rows = [map_row(picture, map(colour_map, tokens), TILE) for picture, tokens in zip(pixels, maps)]
     return sheet(rows, ["image", *token_names(model.num_registers)])
 
 
@@ -105,8 +104,7 @@ def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
     returns  (H, W, 3) uint8
     """
     height, width = pixels.shape[:2]
-    top = float(values.max())
-    small = Image.fromarray((values / top if top > 0 else np.zeros_like(values)).astype(np.float32))
+    small = Image.fromarray((values / (values.max() or 1.0)).astype(np.float32))
     shares = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
     heat = matplotlib.colormaps["magma"](shares)[..., :3] * 255
     grey = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)

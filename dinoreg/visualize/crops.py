@@ -34,31 +34,25 @@ def hide(pixels: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def crop_sheet(
-    batch: Batch,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    num_images: int = 6,
-    height: int = 104,
-    originals: Sequence[Image.Image] = (),
+    batch: Batch, mean: Sequence[float], std: Sequence[float], patch_size: int, originals: Sequence[Image.Image] = ()
 ) -> Image.Image:
     """One row per image: each global crop as the teacher and as the student sees it, then the local crops.
 
     mean, std   one number per channel, on the scale of [0, 1], to undo the normalisation
     patch_size  pixels
-    num_images  rows at most
-    height      of a global crop's tile in pixels; a local crop is drawn smaller in proportion
-    originals   one per row, drawn in front
+    originals   of the first images, drawn in front of these rows alone; without them every image has a row
+
+    A local crop is drawn smaller than a global one, in proportion.
     """
     images = len(batch.global_crops) // 2
     views, masks = to_pixels(batch.global_crops, mean, std), batch.mask.cpu().numpy()
     local = to_pixels(batch.local_crops, mean, std) if batch.local_crops is not None else views[:0]
-    num_local, small = len(local) // images, max(1, round(height * local.shape[1] / views.shape[1]))
+    num_local, small = len(local) // images, max(1, round(TILE * local.shape[1] / views.shape[1]))
     rows = []
-    for image in range(min(num_images, images)):
+    for image in range(len(originals) or images):
         row = list(originals[image : image + 1])
         for view in (image, images + image):
-            row += [tile(views[view], height), tile(hide(views[view], masks[view], patch_size), height)]
+            row += [tile(views[view], TILE), tile(hide(views[view], masks[view], patch_size), TILE)]
         rows.append(row + [tile(each, small) for each in local[image::images]])
     columns = ["image"] * bool(originals) + ["global 1", "masked", "global 2", "masked"]
     return sheet(rows, columns + [f"local {i + 1}" for i in range(num_local)])
@@ -86,7 +80,7 @@ def view_crops(config: str, overrides: Sequence[str] | Mapping[str, Any], *, out
     names = [source.name(index) for index in indices]
     gallery = Gallery("crops", Path(out) if out else default_folder(config), {"images": names})
     originals = [_original(source, index, settings) for index in indices]
-    drawn = crop_sheet(batch, settings.augment.mean, settings.augment.std, patch, num, TILE, originals)
+    drawn = crop_sheet(batch, settings.augment.mean, settings.augment.std, patch, originals)
     hidden = batch.mask.float().mean(dim=1)
     return gallery.write_page(
         f"Training crops of {config}",

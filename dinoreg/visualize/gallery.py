@@ -61,8 +61,7 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
     colours  name of a colour map of matplotlib
     """
     top = float(values.max()) if top is None else top
-    shares = values / top if top > 0 else np.zeros_like(values)
-    painted = matplotlib.colormaps[colours](shares)[..., :3] * (shares > 0)[..., None]
+    painted = matplotlib.colormaps[colours](values / (top or 1.0))[..., :3] * (values > 0)[..., None]
     return (painted * 255).round().astype(np.uint8)
 
 

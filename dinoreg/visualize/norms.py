@@ -4,7 +4,7 @@ An artifact is a patch token whose norm is many times that of the others. The fi
 are those of the residual stream after each block.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports import html
-from dinoreg.reports.html import COLOURS, SETTINGS, Chart, Line, set_log_ticks, set_style
+from dinoreg.reports.html import COLOURS, SETTINGS, set_log_ticks, set_style
 from dinoreg.visualize.gallery import INK, ModelGallery, colour_map, figure_image, map_row, sheet
 
 TILE = 92  # pixels, the height of a map
-_BLOCKS_A_SHEET = 12
 GRID = "#80869040"  # a faint INK
 
 
@@ -56,14 +54,10 @@ def view_norms(**request: Any) -> Path:
     """
     gallery = ModelGallery("norms", **request)
     norms = joined(token_norms(gallery.model, image[None]) for image in gallery.pictures.images)
-    maps = [
-        gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
-        for ending, drawn in _map_sheets(gallery.pixels, norms, gallery.grid)
-    ]
+    maps = gallery.picture("maps", _map_sheet(gallery.pixels, norms, gallery.grid), "norms of patch tokens")
     histograms = gallery.picture("histograms", _histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
-    charts = html.charts([norm_chart(rows)])
-    return gallery.finish("Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, rows=rows)
+    return gallery.finish("Token norms", {"blocks": rows}, histograms=histograms, maps=maps, rows=rows)
 
 
 def summary(norms: TokenNorms) -> list[dict[str, Any]]:
@@ -79,29 +73,15 @@ def summary(norms: TokenNorms) -> list[dict[str, Any]]:
     return rows
 
 
-def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
-    """The norms over the blocks, drawn from their summary."""
-    names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
-    if rows[0]["registers"] is not None:
-        names["registers"] = "registers"
-    lines = [Line(name, range(len(rows)), [row[key] for row in rows]) for key, name in names.items()]
-    values = [value for line in lines for value in line.y if value > 0]
-    wide = bool(values) and max(values) > 30 * min(values)
-    note = "L2 norm, without a unit. Healthy: the largest patch stays within a few times the median."
-    return Chart("Norm after each block", note, lines, marker=True, log=wide, from_zero=not wide, x_label="block")
-
-
-def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
-    """Rows of images, columns of blocks; deep models on several sheets. (ending of the file's name, sheet)."""
-    depth = len(norms.patches)
-    for first in range(0, depth, _BLOCKS_A_SHEET):
-        blocks = range(first, min(first + _BLOCKS_A_SHEET, depth))
-        rows = []
-        for number, image in enumerate(pixels):
-            values = ((norms.patches[b, number].reshape(grid).numpy(), float(norms.patches[b].max())) for b in blocks)
-            rows.append(map_row(image, (colour_map(each, top, "viridis") for each, top in values), TILE))
-        ending = f"-blocks{blocks[0]}-{blocks[-1]}" if depth > _BLOCKS_A_SHEET else ""
-        yield ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])
+def _map_sheet(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Image.Image:
+    """The images side by side, below them their maps after each block, which share a scale."""
+    blocks = norms.patches.unflatten(-1, grid).numpy()  # (L, B, h, w)
+    tops = blocks.max(axis=(1, 2, 3))
+    columns = [
+        map_row(image, (colour_map(each, top, "viridis") for each, top in zip(maps, tops)), TILE)
+        for image, maps in zip(pixels, blocks.swapaxes(0, 1))
+    ]
+    return sheet([*zip(*columns)], names=["image", *(f"block {block}" for block in range(len(blocks)))])
 
 
 def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:

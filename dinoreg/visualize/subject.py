@@ -6,8 +6,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -32,8 +32,7 @@ MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps 
 MAX_SIZE = 672  # pixels a side to which they are enlarged at most
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """Images as the model gets them, and those that could not be read."""
 
     images: Tensor  # (B, C, H, W) float32, normalised, on the model's device

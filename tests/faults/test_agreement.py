@@ -11,8 +11,6 @@ import pytest
 from harness import STEPS, Faults, assert_one_line, assert_sound
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.distributed.process_group import pick_cuda_index
-from dinoreg.runtime.errors import UserError
 
 WEIGHT = "student.backbone.patch_embed.proj.weight"
 
@@ -119,13 +117,6 @@ def test_a_place_that_is_told_by_halves_is_refused(faults: Faults, tmp_path: Pat
     assert faults.wait(start) == [2]
     assert_one_line(start.ranks[0], "WORLD_SIZE=2: MASTER_ADDR and MASTER_PORT missing")
     assert not (tmp_path / "run").exists()
-
-
-def test_more_processes_than_devices_are_refused_unless_each_sees_one_of_its_own() -> None:
-    assert [pick_cuda_index(number, 4, 4) for number in range(4)] == [0, 1, 2, 3]
-    assert pick_cuda_index(3, 1, 4) == 0  # bound by the scheduler; checked once the processes have met
-    with pytest.raises(UserError, match="process 2 of 4 on this machine: it has 2 CUDA devices"):
-        pick_cuda_index(2, 2, 4)
 
 
 @pytest.mark.slow

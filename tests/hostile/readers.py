@@ -33,6 +33,7 @@ from dinoreg.config.load import load_config, to_yaml
 from dinoreg.data.decode import decode
 from dinoreg.data.folder_index import load_index, save_index
 from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.shards import Shards
 from dinoreg.data.tar_index import index_tars
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.features.cache import _written
@@ -140,7 +141,11 @@ def _tables(place: Path, add: Callable[..., None]) -> None:
     with tarfile.open(place / "tars" / "a.tar", "w") as archive:
         archive.add(place / "own" / "a.png", "x/a.png")
         archive.add(place / "c.yaml", "x/b.png")
-    add("tar", place / "tars" / "a.tar", lambda: index_tars(place / "tars", place / "none").read(1))
+    add(
+        "tar",
+        place / "tars" / "a.tar",
+        lambda: index_tars(Shards(str(place / "tars"), ["a.tar"], ".tar"), place / "none").read(1),
+    )
     launch = place / "launch"
     launch.mkdir()
     (launch / JOBS).write_text(json.dumps({"job": "1", "launch": 1, "command": ["x"], "time": 1.5}) + "\n")

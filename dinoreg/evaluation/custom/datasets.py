@@ -82,7 +82,7 @@ def own_benchmark(place: str | Path, options: Mapping[str, Any], columns: str = 
     if "weight" in column_names(columns, "columns"):
         raise UserError(f"columns={columns}: an evaluation counts every image once, weight: is for training")
     table = read_labelled(place, root=values["root"] or None, columns=columns)
-    folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
+    folds = values["folds"] or (FOLDS if len(table.labels) < FEW and "test_share" not in options else 1)
     if folds > 1 and "test_share" in options:
         raise UserError(f"own.folds={folds} and own.test_share exclude each other: folds test every image")
     return _of_labels(blank, _split(table, path, values["test_share"], values["seed"], folds))
@@ -124,14 +124,14 @@ def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:
 
 def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: int) -> Data:
     """The images of each split with one label or several; all in several folds, where no split is given."""
-    labels, names, everything = table.labels, table.class_names, table.source()
+    labels, names, everything = table.labels, table.class_names, table.source
     several = labels.ndim == 2
     groups, kind = (_rarest(labels), MultiLabelled) if several else (labels, Labelled)
     everything.as_trained = True
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
     two = _two_labels(table, copies) if copies is not None and not several else ""
     where = f"{path}: {two}{'; ' * bool(two)}"
-    warnings = [*table.warnings, *passed_over_in_words(table.passed_over), *filter(None, [two])]
+    warnings = [*table.warnings, *passed_over_in_words(everything.passed_over), *filter(None, [two])]
 
     def part(rows: np.ndarray) -> Labelled | MultiLabelled:
         return kind(
@@ -194,7 +194,8 @@ def _two_labels(table: LabelledImages, copies: Copies) -> str:
     one, other = (order[differ[0] + step] for step in (0, 1))
     names = (table.class_names[table.labels[row]] for row in (one, other))
     count = len(np.unique(copies.groups[order][differ]))
-    return f"{count:,} pictures are of several classes, as {table.paths[one]} and {table.paths[other]}: {listed(names)}"
+    shown = " and ".join(map(table.source.name, (one, other)))
+    return f"{count:,} pictures are of several classes, as {shown}: {listed(names)}"
 
 
 def _one_sided(table: LabelledImages, rows: Mapping[str, np.ndarray], where: str) -> list[str]:

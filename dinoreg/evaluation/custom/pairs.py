@@ -29,8 +29,7 @@ from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.custom.splits import copies_across, parts
 from dinoreg.evaluation.readers.pixel_maps import PixelFile
 from dinoreg.runtime.errors import UserError, readable, reworded
-from dinoreg.runtime.parallel import parallel
-from dinoreg.runtime.progress import show_progress
+from dinoreg.runtime.parallel import parallel, show_progress
 
 # JPEGs among masks are found, so that they are refused by name.
 SUFFIXES = {
