@@ -71,7 +71,7 @@ class Meetings:
                 here |= {place.rank}
                 missing = listed((rank for rank in range(place.world_size) if rank not in here), 8)
                 if now >= until:
-                    raise TimeoutError(f"missing: {missing}")
+                    raise TimeoutError(f"missing: rank {missing}")
                 if min(here) == place.rank:
                     what = f"rank {place.rank} of {place.world_size} waits for rank {missing}"
                     at = "" if 0 in here else f" at {place.address}:{place.port}"
