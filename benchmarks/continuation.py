@@ -108,7 +108,7 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
             predicted = knn_predict(train, labels, test, (NEIGHBOURS,), num_classes=classes)[NEIGHBOURS].argmax(dim=1)
         else:
             train, test = (torch.nn.functional.layer_norm(each, each.shape[1:]) for each in (train, test))
-            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2, patience=3).model.predict(test)
+            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2).model.predict(test)
         right = (predicted == tested).numpy()
         interval = bootstrap_interval(right)
         ends = (interval.low, interval.high)

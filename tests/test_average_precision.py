@@ -1,4 +1,4 @@
-"""Average precision against literal loops in exact fractions and against scikit-learn."""
+"""Average precision against literal loops in exact fractions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
-from sklearn.metrics import average_precision_score
 
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 
@@ -58,15 +57,6 @@ def test_average_precision_equals_the_literal_loop(points: str, ties: bool, seed
     assert average_precision(scores, labels, points=points) == pytest.approx(literal(scores, labels, points), abs=1e-12)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_step_curve_is_that_of_scikit_learn(ties: bool) -> None:
-    scores, labels = ranked(3, count=200, ties=ties)
-    weights = np.random.default_rng(1).integers(0, 4, size=200)
-    assert average_precision(scores, labels, points="step") == pytest.approx(average_precision_score(labels, scores))
-    expected = average_precision_score(labels, scores, sample_weight=weights)
-    assert average_precision(scores, labels, points="step", weights=weights) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("points", ["11", "all"])
 def test_a_weight_counts_an_image_that_many_times(points: str) -> None:
     scores, labels = ranked(7, count=40, ties=True)
@@ -86,7 +76,7 @@ def test_ignored_images_count_neither_way() -> None:
 def test_equal_scores_do_not_depend_on_the_order_of_the_images() -> None:
     scores, labels = ranked(9, ties=True)
     turned = np.random.default_rng(4).permutation(60)
-    for points in ("11", "all", "step"):
+    for points in ("11", "all"):
         assert average_precision(scores, labels, points=points) == average_precision(
             scores[turned], labels[turned], points=points
         )
@@ -94,7 +84,7 @@ def test_equal_scores_do_not_depend_on_the_order_of_the_images() -> None:
 
 def test_a_constant_score_is_worth_the_share_of_positives() -> None:
     labels = np.arange(50) % 5 == 0
-    for points in ("11", "all", "step"):
+    for points in ("11", "all"):
         assert average_precision(np.zeros(50), labels, points=points) == pytest.approx(0.2)
 
 

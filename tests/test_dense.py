@@ -150,23 +150,24 @@ class TestWindows:
 class TestCrops:
     def test_crops_lie_inside_and_reach_every_corner(self) -> None:
         rng = np.random.default_rng(0)
-        found = {crop_origin(7, 6, 5, rng) for _ in range(200)}
+        mask = rng.permutation(42).reshape(7, 6)  # any crop is good
+        found = {crop_origin(mask, 5, rng) for _ in range(200)}
         assert found == {(top, left) for top in range(3) for left in range(2)}
-        assert crop_origin(3, 4, 5, rng) == (0, 0)
+        assert crop_origin(mask[:3, :4], 5, rng) == (0, 0)
 
     def test_a_crop_of_almost_one_class_is_drawn_again(self) -> None:
         mask = np.zeros((8, 40), dtype=np.uint8)
         mask[:, 36:] = 1
         mask[:4, :20] = 255
         rng = np.random.default_rng(0)
-        plain = [crop_origin(8, 40, 8, rng)[1] for _ in range(200)]
-        chosen = [crop_origin(8, 40, 8, rng, mask, 0.75)[1] for _ in range(200)]
+        plain = [crop_origin(np.arange(320).reshape(8, 40), 8, rng)[1] for _ in range(200)]
+        chosen = [crop_origin(mask, 8, rng, 0.75)[1] for _ in range(200)]
         # Only crops from column 31 or 32 are good: 2 of 33, so 6 % are hit at once and 46 % within ten tries.
         assert sum(left >= 31 for left in plain) < 30
         assert sum(left >= 31 for left in chosen) > 70
 
     def test_a_mask_of_one_class_still_gives_a_crop(self) -> None:
-        assert crop_origin(4, 4, 4, np.random.default_rng(0), np.full((4, 4), 255, dtype=np.uint8)) == (0, 0)
+        assert crop_origin(np.full((4, 4), 255, dtype=np.uint8), 4, np.random.default_rng(0)) == (0, 0)
 
     def test_hue_turns_and_saturation_scales_as_in_hsv(self) -> None:
         rng = np.random.default_rng(0)

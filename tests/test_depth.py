@@ -242,7 +242,6 @@ def test_depth_that_colours_show_is_found(tmp_path: Path, layout: str) -> None:
         assert (row.unit, row.higher_is_better, row.metric) == ("m", False, "RMSE")
         assert (row.n_train, row.n_test, row.chosen_on) == (12, 4, "")
         assert row.settings["crop"] == (43, 56)
-        assert "proportion" in row.settings["crop_reason"]
     assert rows[0].settings["blocks"] == [2]
     assert rows[1].settings["blocks"] == [1, 2]
     pictures = sorted(context.examples.iterdir())

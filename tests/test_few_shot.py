@@ -1,4 +1,4 @@
-"""Few-shot: draws that are balanced and nested, fits and means as scikit-learn has them, intervals that hold."""
+"""Few-shot: draws that are balanced and nested, fits as scikit-learn has them, intervals that hold."""
 
 from __future__ import annotations
 
@@ -22,15 +22,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_inter
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
 from dinoreg.evaluation.protocols import classification, few_shot
 from dinoreg.evaluation.protocols.classification import equal_features
-from dinoreg.evaluation.protocols.few_shot import (
-    FIXED_C,
-    Setting,
-    Spread,
-    class_means,
-    drawn,
-    nearest_mean,
-    score,
-)
+from dinoreg.evaluation.protocols.few_shot import FIXED_C, Setting, drawn, fitted, spread
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.readers.cifar import ArraySource
 from dinoreg.evaluation.result import Row
@@ -107,38 +99,23 @@ def test_every_image_is_drawn_as_often_as_any_other() -> None:
     assert np.abs(times[10:] - 200).max() < 5 * 14
 
 
-def test_spread_is_the_mean_and_the_mean_squared_distance_from_it() -> None:
+def test_spread_is_the_mean_squared_distance_from_the_mean() -> None:
     x = torch.randn(300, 5) * 3 + 100
-    spread = Spread(x)
-    torch.testing.assert_close(spread.mean, x.double().mean(dim=0))
-    assert spread.power == pytest.approx(float(x.double().var(dim=0, correction=0).sum()), rel=1e-9)
-
-
-def test_nearest_class_means_equal_those_of_scikit_learn() -> None:
-    sklearn = pytest.importorskip("sklearn.neighbors")
-    x, labels = planted(60, 0)
-    test, _ = planted(200, 1)
-    spread = Spread(x)
-    centred = [(rows.double() - x.double().mean(dim=0)).numpy() for rows in (x, test)]
-    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in centred]
-    theirs = sklearn.NearestCentroid().fit(unit[0], labels)
-    means = class_means(x, torch.from_numpy(labels), 5, spread)
-    np.testing.assert_allclose(means[:4].numpy(), theirs.centroids_, atol=1e-6)
-    assert nearest_mean(spread.unit(test), means).tolist() == theirs.predict(unit[1]).tolist()
+    assert spread(x) == pytest.approx(float(x.double().var(dim=0, correction=0).sum()), rel=1e-9)
 
 
 def test_a_fit_on_few_labels_equals_scikit_learn_on_features_of_unit_spread() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, labels = planted(400, 2)
     test, _ = planted(500, 3)
-    train, spread = labels_only(labels.tolist(), 4), Spread(x)
+    train = labels_only(labels.tolist(), 4)
     index = drawn(train, Setting(shots=5), 0)
-    found = score(spread, train, index, test, FAST.logistic, **CHOSEN)
-    scaled = [(rows.double() - spread.mean).numpy() / spread.power**0.5 for rows in (x[index], test)]
+    C, path, model = fitted(x[index], train.chosen(index), spread(x), FAST.logistic, **CHOSEN)
+    scaled = [(rows.double() - x.double().mean(dim=0)).numpy() / spread(x) ** 0.5 for rows in (x[index], test)]
     theirs = linear_model.LogisticRegression(C=FIXED_C, tol=1e-10, max_iter=10_000).fit(scaled[0], labels[index])
-    assert found["C"] == pytest.approx(FIXED_C / spread.power)
-    assert found["path"] == []
-    assert (found["logistic"].numpy() == theirs.predict(scaled[1])).mean() >= 0.998
+    assert pytest.approx(FIXED_C / spread(x)) == C
+    assert path == []
+    assert (model.predict(test).numpy() == theirs.predict(scaled[1])).mean() >= 0.998
 
 
 def test_scores_do_not_change_when_features_are_scaled_and_shifted() -> None:
@@ -147,26 +124,21 @@ def test_scores_do_not_change_when_features_are_scaled_and_shifted() -> None:
     train = labels_only(labels.tolist(), 4)
     index = drawn(train, Setting(shots=5), 0)
     first, second = (
-        score(Spread(a), train, index, b, FAST.logistic, **CHOSEN) for a, b in ((x, test), (x * 64 + 7, test * 64 + 7))
+        fitted(a[index], train.chosen(index), spread(a), FAST.logistic, **CHOSEN)[2].predict(b)
+        for a, b in ((x, test), (x * 64 + 7, test * 64 + 7))
     )
-    for key in ("logistic", "nearest"):
-        assert (first[key] == second[key]).float().mean() >= 0.998
+    assert (first == second).float().mean() >= 0.998
 
 
 def test_more_labels_than_ten_a_class_choose_c_among_themselves_alone() -> None:
     x, labels = planted(400, 4)
-    test, _ = planted(100, 5)
-    train, spread = labels_only(labels.tolist(), 4), Spread(x)
+    train = labels_only(labels.tolist(), 4)
     index = drawn(train, Setting(share=0.2), 0)
-    first = score(spread, train, index, test, FAST.logistic, **CHOSEN)
-    assert len(first["path"]) >= 2
-    assert first["C"] in [C for C, _ in first["path"]]
-    others = np.setdiff1d(np.arange(400), index)
-    wrong = labels.copy()
-    wrong[others] = (wrong[others] + 1) % 4
-    second = score(spread, labels_only(wrong.tolist(), 4), index, test, FAST.logistic, **CHOSEN)
-    assert torch.equal(first["logistic"], second["logistic"])
-    assert torch.equal(first["nearest"], second["nearest"])
+    C, path, model = fitted(x[index], train.chosen(index), spread(x), FAST.logistic, **CHOSEN)
+    assert len(path) >= 2
+    assert C in [tried for tried, _ in path]
+    direct = classification.fit_classes(x[index], train.chosen(index), FAST.logistic, **CHOSEN)
+    assert torch.equal(model.weight, direct.model.weight)
 
 
 def test_the_interval_of_equal_draws_is_that_of_the_images_alone() -> None:
@@ -231,7 +203,6 @@ def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> 
     for row in planted_rows:
         assert row.low <= row.value <= row.high
         assert row.value > 0.9
-        assert row.details["nearest class mean"] > 0.9
         assert np.mean(row.details["each draw"]) == pytest.approx(row.value)
         assert (row.metric, row.n_test, row.chance) == ("top-1", 36, 1 / 3)
     for row in shuffled_rows:
@@ -240,7 +211,7 @@ def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> 
     assert "of the drawn labels" in planted_rows[3].chosen_on
     assert planted_rows[0].chosen_on == ""
     assert "10 of" not in planted_rows[0].note
-    assert "3 of 3 classes are too small for 1 %" in planted_rows[5].note
+    assert "3 of 3 classes are too small for 1 % of labels: one image of each is used, 3 in all" in planted_rows[5].note
 
 
 def test_all_the_labels_give_what_the_logistic_protocol_gives(tmp_path: Path) -> None:
@@ -269,7 +240,7 @@ def test_all_the_labels_give_what_the_logistic_protocol_gives(tmp_path: Path) ->
 def test_small_classes_are_taken_whole_and_the_row_says_so(tmp_path: Path) -> None:
     row = run(own_data(tmp_path, per_class=4), tmp_path)[0]
     assert row.n_train == 12
-    assert "3 of 3 classes have fewer than 10 training images (the fewest: 4)" in row.note
+    assert "3 of 3 classes are too small for 10 per class: all of their images are used, 12 in all" in row.note
     assert len(row.seeds) == 1
 
 
@@ -300,13 +271,13 @@ def test_an_interrupted_evaluation_keeps_the_draws_that_were_done(
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     calls = []
 
-    def until_stopped(*arguments: Any, **given: Any) -> dict[str, Any]:
+    def until_stopped(*arguments: Any, **given: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return score(*arguments, **given)
+        return fitted(*arguments, **given)
 
-    monkeypatch.setattr(few_shot, "score", until_stopped)
+    monkeypatch.setattr(few_shot, "fitted", until_stopped)
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "parts", QUICK)
     resumed = run(data, tmp_path / "parts", QUICK)

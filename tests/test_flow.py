@@ -21,7 +21,7 @@ from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
-from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
+from dinoreg.evaluation.dense.pictures import draw_flow
 from dinoreg.evaluation.features import cache as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
@@ -310,29 +310,6 @@ def _numbers(rows: list[Row]) -> list[tuple[float, ...]]:
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_directions_have_hues_of_their_own_and_rest_is_white() -> None:
-    flows = np.array([[[0, 0], [10, 0], [0, 10], [-10, 0], [0, -10], [40, 0]]], dtype=np.float32)
-    still, right, down, left, up, fast = flow_colours(flows, 10.0)[0].tolist()
-    assert still == [255, 255, 255]
-    assert right == fast == [255, 0, 0]
-    assert left == [0, 255, 255]
-    assert down == [128, 255, 0]
-    assert up in ([127, 0, 255], [128, 0, 255])
-    assert flow_colours(np.array([[[5, 0]]]), 10.0)[0, 0].tolist() == [255, 128, 128]
-
-
-def test_colours_are_those_of_hsv_at_full_value() -> None:
-    import colorsys
-
-    flows = np.random.default_rng(0).normal(size=(5, 6, 2))
-    found = flow_colours(flows, 2.0) / 255
-    for y in range(5):
-        for x in range(6):
-            u, v = flows[y, x]
-            expected = colorsys.hsv_to_rgb(math.atan2(v, u) / (2 * math.pi) % 1, min(math.hypot(u, v) / 2, 1), 1)
-            np.testing.assert_allclose(found[y, x], expected, atol=0.5 / 255 + 1e-9)
 
 
 def test_examples_are_strips_of_frame_prediction_and_truth(root: Path, tmp_path: Path) -> None:

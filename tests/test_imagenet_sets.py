@@ -174,7 +174,7 @@ def test_corrupted_pictures_are_seen_whole_and_both_layouts_are_one(tmp_path: Pa
     assert where.crop(flat.splits["train"].source, RESIZE).resize > 32
 
 
-def test_regressions_and_class_means_choose_among_the_classes_that_there_are(tmp_path: Path) -> None:
+def test_regressions_choose_among_the_classes_that_there_are(tmp_path: Path) -> None:
     write("imagenet_a", tmp_path, per_class=8)
     data = read("imagenet_a", tmp_path)
     rows = classification.logistic(measured("imagenet_a", data, tmp_path))
@@ -187,12 +187,10 @@ def test_regressions_and_class_means_choose_among_the_classes_that_there_are(tmp
     features = torch.randn(len(train), 6, generator=torch.Generator().manual_seed(1))
     asked = torch.randn(200, 6, generator=torch.Generator().manual_seed(2))
     given = {"seed": 0, "device": "cpu", "metric": "top-1"}
-    spread, index = few_shot.Spread(features), np.arange(len(train))
-    found = few_shot.score(spread, train, index, asked, OPTIONS.logistic, **given)
-    everything = few_shot.score(spread, replace(train, among=None), index, asked, OPTIONS.logistic, **given)
-    for way in ("logistic", "nearest"):
-        assert set(found[way].tolist()) == {0, 2}
-        assert set(everything[way].tolist()) == {0, 1, 2, 3}
-        # What is an answer already stays one.
-        kept = torch.isin(everything[way], torch.tensor([0, 2]))
-        assert torch.equal(found[way][kept], everything[way][kept])
+    *_, model = few_shot.fitted(features, train, few_shot.spread(features), OPTIONS.logistic, **given)
+    found, everything = model.predict(asked, train.answers), model.predict(asked)
+    assert set(found.tolist()) == {0, 2}
+    assert set(everything.tolist()) == {0, 1, 2, 3}
+    # What is an answer already stays one.
+    kept = torch.isin(everything, torch.tensor([0, 2]))
+    assert torch.equal(found[kept], everything[kept])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoreg.evaluation.dense.pictures import PANEL, coloured, palette, panel, triptych
+from dinoreg.evaluation.dense.pictures import coloured, palette
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.errors import UserError
 
@@ -21,7 +21,6 @@ def test_the_palettes_colours_are_distinct_also_from_black_and_always_the_same()
     assert apart.min() >= 19  # one step of the grid of colours
     few = np.concatenate([palette(6).astype(int), np.zeros((1, 3), dtype=int)])
     assert (np.abs(few[:, None] - few[None]).sum(axis=2) + 999 * np.eye(7)).min() > 100
-    palette.cache_clear()
     assert np.array_equal(palette(150), colours)
     assert np.array_equal(palette(20), colours[:20])
 
@@ -29,17 +28,6 @@ def test_the_palettes_colours_are_distinct_also_from_black_and_always_the_same()
 def test_masks_are_coloured_by_class_and_ignored_pixels_are_black() -> None:
     shown = coloured(np.array([[0, 2, 255]], dtype=np.uint8), 3)
     assert shown.tolist() == [[palette(3)[0].tolist(), palette(3)[2].tolist(), [0, 0, 0]]]
-
-
-def test_an_example_shows_image_prediction_and_truth_side_by_side() -> None:
-    image = panel(np.full((300, 600, 3), 9, dtype=np.uint8), 400, 800)
-    prediction, truth = (panel(np.full((400, 800), each, dtype=np.uint8), 400, 800) for each in (0, 1))
-    assert image.shape == (148, PANEL, 3)
-    shown = np.asarray(triptych(image, prediction, truth, 2))
-    assert shown.shape == (148, 900, 3)
-    assert shown[70, 10].tolist() == [9, 9, 9]
-    assert shown[70, 450].tolist() == palette(2)[0].tolist()
-    assert shown[70, 890].tolist() == palette(2)[1].tolist()
 
 
 def test_masks_keep_their_numbers_whatever_kind_of_png_they_are(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dinoreg.evaluation.dense.lost import by_degree, component, enclosing, expand, gram, lost
+from dinoreg.evaluation.dense.lost import by_degree, component, expand, gram, lost
 
 
-def literal(a: np.ndarray, rows: int, columns: int, k: int) -> tuple[int, list[int], set[int], bool]:
-    """Seed, patches that join it, connected component, and whether the seed was left alone (paper §3)."""
+def literal(a: np.ndarray, rows: int, columns: int, k: int) -> tuple[int, list[int], set[int]]:
+    """Seed, patches that join it, and connected component (paper §3)."""
     n = rows * columns
     degree = [sum(1 for q in range(n) if q != p and a[p, q] > 0) for p in range(n)]
     ranked = sorted(range(n), key=lambda p: (degree[p], p))
@@ -18,7 +18,7 @@ def literal(a: np.ndarray, rows: int, columns: int, k: int) -> tuple[int, list[i
     similar = [q for q in ranked[:k] if a[seed, q] > 0]
     inside = {p for p in range(n) if sum(a[q, p] for q in similar) > 0}
     if seed not in inside:
-        return seed, similar, {seed}, True
+        return seed, similar, {seed}
     reached, edge = {seed}, [seed]
     while edge:
         row, column = divmod(edge.pop(), columns)
@@ -27,7 +27,7 @@ def literal(a: np.ndarray, rows: int, columns: int, k: int) -> tuple[int, list[i
             if 0 <= r < rows and 0 <= c < columns and p in inside and p not in reached:
                 reached.add(p)
                 edge.append(p)
-    return seed, similar, reached, False
+    return seed, similar, reached
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -38,11 +38,10 @@ def test_lost_equals_the_papers_steps_patch_by_patch(seed: int, bias: float) -> 
     features = torch.from_numpy(np.random.default_rng(seed).integers(-2, 3, (rows * columns, 3))).double()
     similarity = gram(features) + bias * 4
     found = lost(similarity, (rows, columns), k)
-    start, similar, part, alone = literal(similarity.numpy(), rows, columns, k)
+    start, similar, part = literal(similarity.numpy(), rows, columns, k)
     assert found.seed == start
     assert expand(similarity, by_degree(similarity), k).tolist() == similar
     assert set(np.flatnonzero(found.mask)) == part
-    assert found.alone == alone
     ys, xs = [p // columns for p in part], [p % columns for p in part]
     assert found.box == (min(xs), min(ys), max(xs) + 1, max(ys) + 1)
 
@@ -63,7 +62,6 @@ def test_a_planted_object_is_found_exactly(box: tuple[int, int, int, int], norma
     found = lost(gram(planted(8, 9, box), normalise), (8, 9))
     assert found.box == box
     assert found.mask.sum() == (box[2] - box[0]) * (box[3] - box[1])
-    assert not found.alone
 
 
 def test_of_two_like_objects_only_the_one_that_holds_the_seed_is_boxed() -> None:
@@ -87,7 +85,6 @@ def test_all_positive_similarities_give_the_whole_image_and_a_bias_brings_the_ob
 def test_a_bias_that_leaves_nothing_alike_falls_back_to_the_seed_patch() -> None:
     similarity = gram(planted(4, 5, (1, 1, 3, 3)), normalise=True) - 2.0
     found = lost(similarity, (4, 5))
-    assert found.alone
     assert found.mask.sum() == 1
     assert found.box == (0, 0, 1, 1)  # all degrees are 0: the first patch is the seed
     assert len(expand(similarity, by_degree(similarity))) == 0
@@ -103,12 +100,8 @@ def test_a_patchs_similarity_to_itself_counts_for_joining_but_not_for_its_degree
 
 def test_patches_that_touch_at_a_corner_are_not_connected() -> None:
     mask = np.array([[1, 0, 0], [0, 1, 1], [0, 0, 1]], dtype=bool)
-    part, alone = component(mask, (1, 1))
-    assert not alone
-    assert enclosing(part) == (1, 1, 3, 3)
-    part, alone = component(mask, (2, 0))
-    assert alone
-    assert enclosing(part) == (0, 2, 1, 3)
+    assert np.argwhere(component(mask, (1, 1))).tolist() == [[1, 1], [1, 2], [2, 2]]
+    assert np.argwhere(component(mask, (2, 0))).tolist() == [[2, 0]]
 
 
 def test_gram_holds_inner_products_or_cosines() -> None:

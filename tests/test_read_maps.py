@@ -262,13 +262,13 @@ def test_coco_images_and_boxes_are_those_of_torchvision(tmp_path: Path, split: s
         target = [each for each in target if split == "test" or each["bbox"][2] > 0]
         np.testing.assert_array_equal(np.asarray(read_picture(ours.source, index)), np.asarray(image))
         expected = [
-            (x, y, x + w, y + h, places[each["category_id"]], each["iscrowd"], each["area"])
+            (x, y, x + w, y + h, places[each["category_id"]], each["iscrowd"])
             for each in target
             for x, y, w, h in [each["bbox"]]
         ]
-        parts = (ours.boxes, ours.labels, ours.crowd, ours.area)
-        assert all(torch.from_numpy(part[index]).numel() == part[index].size for part in parts if part is not None)
-        found = [(*box, *rest) for box, *rest in zip(*(part[index].tolist() for part in parts if part is not None))]
+        parts = (ours.boxes, ours.labels, ours.crowd)
+        assert all(torch.from_numpy(part[index]).numel() == part[index].size for part in parts)
+        found = [(*box, *rest) for box, *rest in zip(*(part[index].tolist() for part in parts))]
         assert sorted(found) == sorted(expected)
 
 

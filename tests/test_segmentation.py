@@ -26,7 +26,6 @@ from dinoreg.evaluation.protocols import segmentation
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.protocols.segmentation import (
     LinearHead,
-    class_keys,
     evaluate,
     pixel_loss,
     training_crop,
@@ -234,12 +233,11 @@ def test_a_single_head_chooses_nothing_and_says_what_was_used(data: Data, vit: E
     assert (row.chosen_on, row.variant, row.n_train, row.n_test, row.seeds) == ("", "", 12, 5, (0,))
     assert row.settings["lr"] == 0.02
     assert row.settings["weight_decay"] == 1e-4
-    assert row.settings["padded_size"] == 20
     assert list(row.details["iou"]) == ["red", "green", "blue"]
     assert row.details["most_frequent_class"] in ("red", "green", "blue")
     pictures = sorted((tmp_path / "examples").iterdir())
     assert [path.name for path in pictures] == ["segmentation_00.png", "segmentation_01.png"]
-    assert Image.open(pictures[0]).size == (3 * 26 + 12, 20)
+    assert Image.open(pictures[0]).size == (3 * 296 + 8, 232 + 18)
 
 
 def test_the_score_is_that_of_predictions_made_one_window_at_a_time(
@@ -368,12 +366,6 @@ def test_a_head_whose_training_diverges_is_marked_and_never_the_best(data: Data,
     rows = evaluate(Measurement(encoder, data, TASK, options(lrs=(1e36, 0.02)), context(tmp_path)))
     assert [row.note for row in rows] == ["", "its training diverged", "the best of these"]
     assert rows[0].settings["lr"] == 0.02
-
-
-def test_names_of_classes_are_kept_numbered_or_made_up() -> None:
-    assert class_keys(["a", "b"], 2) == ["a", "b"]
-    assert class_keys(["a", "a"], 2) == ["a (0)", "a (1)"]
-    assert class_keys([], 2) == ["class 0", "class 1"]
 
 
 class TestBadInput:

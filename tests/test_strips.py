@@ -16,7 +16,7 @@ from dinoreg.data.open import open_source
 from dinoreg.data.source import PathSource
 from dinoreg.evaluation.data import DepthMaps, Segmented
 from dinoreg.evaluation.dense import depth_images
-from dinoreg.evaluation.dense.pictures import draw_boxes, panel, widened
+from dinoreg.evaluation.dense.pictures import draw_boxes, widened
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
 from dinoreg.evaluation.protocols import segmentation
 from dinoreg.evaluation.protocols.classification import framed
@@ -70,7 +70,6 @@ def test_no_consumer_enlarges_the_whole(own: bool, source: PathSource, largest: 
     framed(image, 96, 4, (0, 0, 0))
     widened(image)
     tile(np.asarray(image), 96)
-    panel(np.asarray(image), image.height, image.width)
     draw_boxes(image, np.zeros((0, 4)), (0, 0, 0))
     mask = np.zeros((image.height, image.width), np.uint8)
     segmented = Segmented(source, lambda _: mask, 2)

@@ -154,7 +154,6 @@ class Boxed(Split):
     labels     per image (k,) int64 in [0, num_classes)
     difficult  per image (k,) bool: not counted either way by VOC's AP
     crowd      per image (k,) bool: a region of many, counted by neither discovery nor training
-    area       per image (k,) float32 square pixels, for COCO's size classes; None: the areas of the boxes
 
     UserError where one is out of shape or range.
     """
@@ -165,13 +164,11 @@ class Boxed(Split):
     num_classes: int
     difficult: Sequence[np.ndarray]
     crowd: Sequence[np.ndarray]
-    area: Sequence[np.ndarray] | None = None
     HELD = ("boxes", "labels", "difficult", "crowd")
 
     def __post_init__(self) -> None:
         columns: dict[str, Sequence[np.ndarray]] = {"boxes": self.boxes, "labels": self.labels}
         columns |= {"difficult flags": self.difficult, "crowd flags": self.crowd}
-        columns |= {} if self.area is None else {"areas": self.area}
         for what, values in columns.items():
             if len(values) != len(self):
                 raise UserError(f"{len(self)} images came with {what} of {len(values)}")
@@ -189,8 +186,7 @@ class Boxed(Split):
     def chosen(self, rows: np.ndarray) -> Self:
         """Some of the images; rows (m,) are their places."""
         parts: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in self.HELD}
-        area = None if self.area is None else [self.area[row] for row in rows]
-        return replace(self, source=ChosenSource(self.source, rows), area=area, **parts)
+        return replace(self, source=ChosenSource(self.source, rows), **parts)
 
 
 @dataclass(frozen=True)

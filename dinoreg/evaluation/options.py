@@ -29,7 +29,6 @@ class _PathOptions(Options):
     min_c: float = option(1e-6, "weakest inverse regularisation of the path", above=0)
     max_c: float = option(1e5, "strongest", above=0)
     num_c: int = option(45, "values of C between them, evenly on a log scale", low=1, high=10_000)
-    patience: int | None = option(None, "end the path after this many values without gain; none: visit all", low=1)
     validation_share: float = option(0.1, "of train, to choose C by without a split", above=0, below=1)
 
     def __post_init__(self) -> None:
@@ -192,7 +191,7 @@ class FlowOptions(Options, section="flow"):
 
 @dataclass(frozen=True)
 class FewShotOptions(Options, section="few_shot"):
-    """Logistic regression and nearest class means on few labels (sources in `protocols/few_shot.py`)."""
+    """Logistic regression on few labels (sources in `protocols/few_shot.py`)."""
 
     shots: tuple[int, ...] = option((1, 5, 10), "labelled images per class", low=1, empty=True, high=1_000_000)
     shares: tuple[float, ...] = option((0.01, 0.1, 1.0), "of the labels", above=0, high=1, empty=True)

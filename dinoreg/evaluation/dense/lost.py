@@ -23,13 +23,11 @@ class Found(NamedTuple):
     box      x0, y0, x1, y1 in patches, ends exclusive
     mask     (rows, columns) bool: the connected patches that the box encloses
     seed     index of the patch that it grew from
-    alone    whether the seed was outside the mask of patches alike to these together, so that the box is the seed patch
     """
 
     box: tuple[int, int, int, int]
     mask: np.ndarray
     seed: int
-    alone: bool
 
 
 def gram(features: Tensor, normalise: bool = False) -> Tensor:
@@ -71,30 +69,24 @@ def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
     order = by_degree(similarity)
     seed = int(order[0])
     support = similarity[expand(similarity, order, k)].sum(dim=0).reshape(rows, columns)
-    mask, alone = component(support.cpu().numpy() > 0, divmod(seed, columns))
-    return Found(enclosing(mask), mask, seed, alone)
+    mask = component(support.cpu().numpy() > 0, divmod(seed, columns))
+    y, x = np.nonzero(mask)
+    return Found((int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1), mask, seed)
 
 
-def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """The 4-connected part of a mask that holds the seed.
+def component(mask: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
+    """The 4-connected part (rows, columns) bool of a mask that holds the seed, or UserError without scipy.
 
-    mask     (rows, columns) bool
-    seed     (row, column)
-    returns  (part (rows, columns) bool, alone): the seed alone, and True, where it is not in the mask; there the
-             paper's code gives up
-    raises   UserError without scipy
+    It is the seed alone where that is not in the mask; there the paper's code gives up.
+
+    mask  (rows, columns) bool
+    seed  (row, column)
     """
     with reworded(f"object discovery needs scipy: {install('scipy')}", ImportError):
         from scipy import ndimage
     if not mask[seed]:
         part = np.zeros(mask.shape, dtype=bool)
         part[seed] = True
-        return part, True
+        return part
     numbers, _ = ndimage.label(mask)
-    return numbers == numbers[seed], False
-
-
-def enclosing(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 around the true entries of (rows, columns) bool, ends exclusive; ValueError without any."""
-    y, x = np.nonzero(mask)
-    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+    return numbers == numbers[seed]

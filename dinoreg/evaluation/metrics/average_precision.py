@@ -39,8 +39,8 @@ class Curve:
         """Average precision in [0, 1]; NaN where there is nothing to find.
 
         points  "11": mean of the envelope at recall 0, 0.1, ..., 1 (VOC 2007); "101": at 0, 0.01, ..., 1 (COCO);
-                "all": area under the envelope (VOC since 2010); "step": area under the precision itself (scikit-learn);
-                "trapezoid": mean of the precision before and behind each step (Oxford Buildings)
+                "all": area under the envelope (VOC since 2010); "trapezoid": mean of the precision before and behind
+                each step (Oxford Buildings)
         """
         if self.positives <= 0:
             return float("nan")
@@ -55,8 +55,7 @@ class Curve:
             ranked = before + self.false
             earlier = np.divide(before, ranked, out=np.ones_like(before), where=ranked > 0)
             return float((np.diff(self.true, prepend=0.0) * (earlier + self.precision)).sum() / 2 / self.positives)
-        height = self.envelope if points == "all" else self.precision
-        return float((np.diff(self.true, prepend=0.0) * height).sum() / self.positives)
+        return float((np.diff(self.true, prepend=0.0) * self.envelope).sum() / self.positives)
 
 
 class Ranking:

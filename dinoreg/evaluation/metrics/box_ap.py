@@ -1,4 +1,4 @@
-"""Average precision of boxes: PASCAL VOC's (AP50, 11-point or all-points) and COCO's (AP[.5:.95], crowds, sizes).
+"""Average precision of boxes: PASCAL VOC's (AP50, 11-point or all-points) and COCO's (AP[.5:.95], crowds).
 
 Which detection finds which object is settled once, image by image (`voc_matches`, `coco_matches`); then the average
 precision of any weighting of the images needs cumulative sums only (`average_precision`): the bootstrap is cheap.
@@ -15,20 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.evaluation.data import Boxed
-from dinoreg.evaluation.metrics.average_precision import Curve
+from dinoreg.evaluation.metrics.average_precision import Ranking
 from dinoreg.evaluation.metrics.bootstrap import nanmean
 
 VOC_OVERLAP = 0.5
 COCO_OVERLAPS = np.linspace(0.5, 0.95, 10)
 MAX_DETECTIONS = 100  # of an image and class that COCO looks at
-# Square pixels, both ends included.
-COCO_AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 # Rule of a dataset: the metrics that it is quoted by.
 RULES = {"voc2007": ("AP50",), "voc2012": ("AP50",), "coco": ("AP", "AP50")}
 NAMES = {"11": "11-point", "all": "all-points"}
@@ -87,7 +86,6 @@ class Truth:
 
     ignored  (m,) bool: counted neither way
     crowd    (m,) bool: a region of many, by COCO's rule
-    area     (m,) float64 square pixels, by which COCO sorts objects into sizes
     """
 
     image: np.ndarray
@@ -95,7 +93,6 @@ class Truth:
     labels: np.ndarray
     ignored: np.ndarray
     crowd: np.ndarray
-    area: np.ndarray
     num_images: int
     num_classes: int
 
@@ -107,32 +104,28 @@ class Truth:
         def joined(values: Sequence[np.ndarray], kind: type, *width: int) -> np.ndarray:
             return np.concatenate([np.zeros((0, *width)), *values]).astype(kind)
 
-        boxes, crowd = joined(split.boxes, np.float64, 4), joined(split.crowd, np.bool_)
+        crowd = joined(split.crowd, np.bool_)
         return cls(
             image=np.repeat(np.arange(len(counts)), counts),
-            boxes=boxes,
+            boxes=joined(split.boxes, np.float64, 4),
             labels=joined(split.labels, np.int64),
             ignored=joined(split.difficult, np.bool_) | crowd,
             crowd=crowd,
-            area=areas(boxes) if split.area is None else joined(split.area, np.float64),
             num_images=len(counts),
             num_classes=split.num_classes,
         )
 
 
-@dataclass(frozen=True)
-class ClassMatches:
-    """One class's detections by falling score, under T overlap thresholds.
+class ClassMatches(NamedTuple):
+    """One class's detections, surest first, under T overlap thresholds.
 
     image      (m,) number of the image
-    hit        (T, m) bool: a detection that finds an object
-    counted    (T, m) bool: it is counted at all; a hit or else a mistake
+    rankings   (T) of the detections: right where it finds an object, ignored where it counts neither way
     positives  (num_images,) int64 objects that are to be found
     """
 
     image: np.ndarray
-    hit: np.ndarray
-    counted: np.ndarray
+    rankings: list[Ranking]
     positives: np.ndarray
 
 
@@ -155,34 +148,25 @@ def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
     return _by_class(found, truth, hit, counted, ~truth.ignored)
 
 
-def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches]]:
-    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules (T = 10 overlaps).
+def coco_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
+    """For every class, which detections count as right by COCO's rules (T = 10 overlaps).
 
     By falling score, a detection takes the free object that it overlaps most (of equals the last), one that counts
-    before one that does not. Objects of other sizes, difficult ones and crowds do not count; nor do detections that
-    take them, nor those that take nothing and are of another size themselves. Of an image and class only the
-    MAX_DETECTIONS of the highest scores take part.
-
-    returns  {name of the size: matches of each class}
+    before one that does not. Difficult objects and crowds do not count, nor do detections that take them. Of an image
+    and class only the MAX_DETECTIONS of the highest scores take part.
     """
-    groups = [group[:MAX_DETECTIONS] for group in _groups(found)]
+    groups = [each[:MAX_DETECTIONS] for each in _groups(found.labels, found.image, found.scores).values()]
     rows = np.sort(np.concatenate(groups)) if groups else np.zeros(0, dtype=np.int64)
     found = Detections(found.image[rows], found.boxes[rows], found.labels[rows], found.scores[rows])
-    low, high = np.array(list(COCO_AREAS.values())).T[:, :, None]  # (A, 1) each
-    area = areas(found.boxes)
-    ignored = truth.ignored | (truth.area < low) | (truth.area > high)  # (A, m)
-    shape = (len(low), len(COCO_OVERLAPS), len(area))
-    hit = np.zeros(shape, dtype=bool)
-    counted = np.broadcast_to(((area >= low) & (area <= high))[:, None], shape).copy()
+    hit = np.zeros((len(COCO_OVERLAPS), len(rows)), dtype=bool)
+    counted = np.ones_like(hit)
     for places, objects in _pairs(found, truth):
         shared = overlaps(found.boxes[places], truth.boxes[objects], truth.crowd[objects])
-        matched = _match(shared, ignored[:, objects], truth.crowd[objects])  # (A, T, d) number of the object or -1
-        right = ~np.take_along_axis(ignored[:, None, objects], np.maximum(matched, 0), axis=2)
-        hit[:, :, places] = (matched >= 0) & right
-        counted[:, :, places] = np.where(matched >= 0, right, counted[:, :, places])
-    return {
-        name: _by_class(found, truth, hit[size], counted[size], ~ignored[size]) for size, name in enumerate(COCO_AREAS)
-    }
+        ignored = truth.ignored[objects]
+        matched = _match(shared, ignored, truth.crowd[objects])  # (T, d) number of the object or -1
+        hit[:, places] = (matched >= 0) & ~ignored[matched]
+        counted[:, places] = (matched < 0) | ~ignored[matched]
+    return _by_class(found, truth, hit, counted, ~truth.ignored)
 
 
 def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.ndarray | None = None) -> np.ndarray:
@@ -191,70 +175,50 @@ def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.
     points   where the precision is read: at the recalls of "11" (VOC 2007) or "101" points (COCO), or at "all" (the
              area under the curve, VOC since 2010). The precision at a recall is the best reached there or further on.
     weights  (num_images,) how often each image is in the set; once where None
-    raises   ValueError for other points
     """
-    return np.stack([_class_precision(each, points, weights) for each in matches], axis=1)
-
-
-def _class_precision(each: ClassMatches, points: str, weights: np.ndarray | None) -> np.ndarray:
-    thresholds = len(each.hit)
-    total = float(each.positives.sum() if weights is None else each.positives @ weights)
-    if total == 0:
-        return np.full(thresholds, np.nan)
-    weight = np.ones(len(each.image)) if weights is None else weights[each.image].astype(np.float64)
-    running = np.cumsum(weight)
-    precision = np.zeros(thresholds)
-    for number, (hit, counted) in enumerate(zip(each.hit, each.counted, strict=True)):
-        # Recall grows at hits only, and the best precision further on is reached at one: only hits need be looked at.
-        places = np.flatnonzero(hit)
-        if len(places):
-            true = np.cumsum(weight[places])
-            judged = (running if counted.all() else np.cumsum(weight * counted))[places]
-            precision[number] = Curve(true, judged - true, total).average(points)
-    return precision
+    found = []
+    for image, rankings, positives in matches:
+        total = float(positives.sum() if weights is None else positives @ weights)
+        often = None if weights is None else weights[image]
+        found.append([replace(ranking.curve(often), positives=total).average(points) for ranking in rankings])
+    return np.array(found).T
 
 
 def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """The object that each detection (surest first) is matched to under every size and threshold, or -1.
+    """The object that each detection (surest first) is matched to under every threshold, or -1.
 
-    shared (d, m), ignored (A, m), crowd (m,) -> (A, T, d) int64
+    shared (d, m), ignored (m,), crowd (m,) -> (T, d) int64
     """
-    # All sizes and thresholds at once: COCOeval's loops over them take seven times as long (6.3 s for 1,000 images of
-    # 80 classes with 100 detections each, 0.9 s here), which is minutes on COCO's 5,000 with baselines and rates.
+    # All thresholds at once: COCOeval's loops over them and over sizes take seven times as long (6.3 s for 1,000 images
+    # of 80 classes with 100 detections each, 0.9 s here), which is minutes on COCO's 5,000 with baselines and rates.
     least = np.minimum(COCO_OVERLAPS, 1 - 1e-10)
     count, num_objects = shared.shape
-    match = np.full((len(ignored), len(least), count), -1)
-    free = np.ones((*match.shape[:2], num_objects), dtype=bool)
+    match, free = np.full((len(least), count), -1), np.ones((len(least), num_objects), dtype=bool)
     for number in np.flatnonzero(shared.max(axis=1) >= least.min()):
-        fits = free & (shared[number] >= least[:, None])  # (A, T, m)
-        preferred = fits & ~ignored[:, None]
-        fits = np.where(preferred.any(axis=2, keepdims=True), preferred, fits)
-        last = num_objects - 1 - np.where(fits, shared[number], -1.0)[..., ::-1].argmax(axis=2)  # (A, T)
-        any_fits = fits.any(axis=2)
-        match[:, :, number] = np.where(any_fits, last, -1)
-        places, overlaps_at = np.nonzero(any_fits & ~crowd[last])
-        free[places, overlaps_at, last[places, overlaps_at]] = False
+        fits = free & (shared[number] >= least[:, None])  # (T, m)
+        preferred = fits & ~ignored
+        fits = np.where(preferred.any(axis=1, keepdims=True), preferred, fits)
+        last = num_objects - 1 - np.where(fits, shared[number], -1.0)[:, ::-1].argmax(axis=1)  # (T,)
+        found = fits.any(axis=1)
+        match[found, number] = last[found]
+        taken = found & ~crowd[last]
+        free[taken, last[taken]] = False
     return match
 
 
-def _groups(found: Detections) -> list[np.ndarray]:
-    """Places of the detections of every image and class that has any, surest first, earlier first among equals."""
-    order = np.lexsort((-found.scores, found.image, found.labels))
-    if not len(order):
-        return []
-    same = (np.diff(found.labels[order]) == 0) & (np.diff(found.image[order]) == 0)
-    return np.split(order, np.flatnonzero(~same) + 1)
+def _groups(labels: np.ndarray, image: np.ndarray, scores: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    """{(class, image): places of what is of both}, of the highest score first, earlier first among equals."""
+    order = np.lexsort((-scores, image, labels))
+    same = (np.diff(labels[order]) == 0) & (np.diff(image[order]) == 0)
+    groups = np.split(order, np.flatnonzero(~same) + 1) if len(order) else []
+    return {(int(labels[each[0]]), int(image[each[0]])): each for each in groups}
 
 
 def _pairs(found: Detections, truth: Truth) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Places of the detections and of the objects of every image and class that has both."""
-    order = np.lexsort((truth.image, truth.labels))
-    key = truth.labels[order] * max(truth.num_images, 1) + truth.image[order]
-    for group in _groups(found):
-        own_key = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
-        start, end = np.searchsorted(key, own_key, "left"), np.searchsorted(key, own_key, "right")
-        if end > start:
-            yield group, order[start:end]
+    objects = _groups(truth.labels, truth.image, np.zeros(len(truth.labels)))
+    detections = _groups(found.labels, found.image, found.scores)
+    return ((each, objects[key]) for key, each in detections.items() if key in objects)
 
 
 def _by_class(
@@ -266,8 +230,11 @@ def _by_class(
     matches = []
     for label, (start, end) in enumerate(pairwise(bounds)):
         rows = order[start:end]
+        rankings = [
+            Ranking(-np.arange(len(rows)), right, left_out) for right, left_out in zip(hit[:, rows], ~counted[:, rows])
+        ]
         positives = np.bincount(truth.image[positive & (truth.labels == label)], minlength=truth.num_images)
-        matches.append(ClassMatches(found.image[rows], hit[:, rows], counted[:, rows], positives))
+        matches.append(ClassMatches(found.image[rows], rankings, positives))
     return matches
 
 
@@ -277,7 +244,6 @@ class Figure:
 
     per_class  {class: average precision} of the classes that occur
     resampled  weights (num_images,) -> the figure on a set with each image that often
-    details    further figures of the same detections
     """
 
     metric: str
@@ -285,7 +251,6 @@ class Figure:
     value: float
     per_class: dict[str, float]
     resampled: Callable[[np.ndarray], float]
-    details: dict[str, float]
 
 
 def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> list[Figure]:
@@ -295,7 +260,6 @@ def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ())
     names    of the K classes, for `per_class`
     returns  first the one that the rule quotes: AP, all-points for "voc2012", else 11-point
     """
-    details: dict[str, float] = {}
 
     def figure(metric: str, variant: str, matches: list[ClassMatches], points: str) -> Figure:
         precision = average_precision(matches, points)
@@ -304,28 +268,12 @@ def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ())
         def resampled(weights: np.ndarray) -> float:
             return nanmean(average_precision(matches, points, weights))
 
-        return Figure(metric, variant, nanmean(precision), per_class, resampled, details)
+        return Figure(metric, variant, nanmean(precision), per_class, resampled)
 
     if rule != "coco":
         matches = voc_matches(found, truth)
         order = ("all", "11") if rule == "voc2012" else ("11", "all")
         return [figure("AP50", NAMES[points], matches, points) for points in order]
-    by_size = coco_matches(found, truth)
-    every = by_size.pop("all")
-    details |= {f"AP {size}": nanmean(average_precision(matches, "101")) for size, matches in by_size.items()}
-    details["AP75"] = nanmean(average_precision(every, "101")[5:6])
-    half = [replace(each, hit=each.hit[:1], counted=each.counted[:1]) for each in every]
+    every = coco_matches(found, truth)
+    half = [each._replace(rankings=each.rankings[:1]) for each in every]
     return [figure("AP", "", every, "101"), figure("AP50", "", half, "101")]
-
-
-def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
-    """The trivial baseline: on every image one box around it for each class, scored by how often the class occurs.
-
-    sizes  (n, 2) height and width of the images in pixels
-    often  (K,) number of training objects of each class
-    """
-    count, classes = len(sizes), len(often)
-    boxes = np.zeros((count * classes, 4))
-    boxes[:, 2:] = sizes[:, ::-1].repeat(classes, axis=0)
-    scores = np.tile(often / max(often.sum(), 1), count)
-    return Detections(np.arange(count).repeat(classes), boxes, np.tile(np.arange(classes), count), scores)

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinoreg.data.source import Source
 from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
-from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT, strip
+from dinoreg.evaluation.dense.pictures import strip
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, draws_interval, mean_per_class_accuracy, top1
@@ -234,8 +234,8 @@ def fit_classes(features: Tensor, train: Labelled, options: LogisticOptions, met
     raises  as `select_and_fit`
     """
     Cs = np.geomspace(options.min_c, options.max_c, options.num_c).tolist()
-    given |= {"validation_share": options.validation_share, "patience": options.patience, "pictures": train.pictures}
-    return select_and_fit(features, train.labels, train.num_classes, Cs, score=METRICS[metric], **given)
+    given |= {"validation_share": options.validation_share, "pictures": train.pictures, "score": METRICS[metric]}
+    return select_and_fit(features, train.labels, train.num_classes, Cs, **given)
 
 
 def equal_features(source: Source, features: Tensor) -> tuple[str, ...]:
@@ -281,11 +281,8 @@ def draw_predictions(
     picked = [*mistakes[:at_most], *right][: context.num_examples]
     for number, index in enumerate(int(each) for each in picked):
         picture = framed(shown(read_picture(source, index)), PICTURE_SIZE, 4, GREEN if not wrong[index] else RED)
-        caption = lines(index)
-        canvas = ImageOps.expand(picture, (0, 0, 0, 14 * len(caption)), BACKGROUND)
-        for place, line in enumerate(caption):
-            ImageDraw.Draw(canvas).text((6, PICTURE_SIZE + 7 + 14 * place), line[:38], fill=TEXT)
-        context.save_example(canvas, prefix, number)
+        caption = "\n".join(line[:38] for line in lines(index))
+        context.save_example(strip([picture], [caption]), prefix, number)
 
 
 def framed(image: Image.Image, side: int, width: int, edge: tuple[int, int, int]) -> Image.Image:

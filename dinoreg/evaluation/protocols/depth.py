@@ -5,7 +5,6 @@ loss and half the multi-scale gradient loss. Both, and all learning rates, are t
 backbone.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +19,7 @@ from dinoreg.data.preprocess import to_unit
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
-from dinoreg.evaluation.dense.depth_images import CROP, as_seen, crop_size, example, read_pair, training_crop
+from dinoreg.evaluation.dense.depth_images import as_seen, crop_size, example, read_pair, training_crop
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_batches
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images, to_array
@@ -29,7 +28,7 @@ from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_sc
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.evaluation.solvers.train_heads import train_heads
 from dinoreg.models.vit import Tokens
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.parallel import parallel
@@ -41,11 +40,12 @@ CLIP_GRAD = 35.0
 LOG_EPS = 1e-3  # metres, added before every logarithm of the losses
 MEAN_WEIGHT = 0.15  # of the squared mean in the scale-invariant loss
 GRADIENT_STRIDES = (1, 2, 4, 6)  # pixels between those that the gradient loss looks at
-LOSS_WARMUP = 100  # steps, of 38,400, without the variance in the scale-invariant loss
+LOSS_WARMUP = 100  # steps, of 38,400, without the variance in the scale-invariant loss; a tenth of all at most
 # The published choice of four blocks, from 1; elsewhere they are evenly spaced.
 FOUR_BLOCKS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 
 MEAN_IMAGES = 1000  # training images that the mean depth is taken over, at most
+BASELINE = (0, 0.0)  # no head: the mean training depth everywhere
 MISSING = "linear depth needs a {name} split of images with depth maps"
 
 Key = tuple[int, float]  # a head: its variant and its learning rate
@@ -66,11 +66,6 @@ def head_blocks(variant: int, depth: int) -> tuple[int, ...]:
 def warmup_steps(options: DepthOptions) -> int:
     """Steps of the learning rate's warm-up; a third of all, as published, when there are fewer."""
     return min(options.warmup_steps, options.steps // 3)
-
-
-def loss_warmup_steps(options: DepthOptions) -> int:
-    """Steps of the loss's warm-up; a tenth of all at most."""
-    return min(LOSS_WARMUP, options.steps // 10)
 
 
 def scale_invariant_loss(predicted: Tensor, true: Tensor, valid: Tensor, warming_up: bool = False) -> Tensor:
@@ -168,8 +163,7 @@ class DepthHeads:
         """
         options, device = self.options, self.encoder.device
         self._build(*size)
-        factor = partial(cosine, steps=options.steps, warmup=warmup_steps(options))
-        loss_warmup = loss_warmup_steps(options)
+        loss_warmup = min(LOSS_WARMUP, options.steps // 10)
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             image, metres = read_pair(train, index)
@@ -194,8 +188,8 @@ class DepthHeads:
             for (variant, lr), head in self.heads.items()
         }
         batches = training_batches(load, len(train), options.batch_size, options.steps, context)
-        running = (options.steps, factor, context, "depth", CLIP_GRAD)
-        return train_heads(self.heads, optimizers, batches, losses, *running, shorter="depth.steps")
+        given: dict[str, Any] = {"warmup": warmup_steps(options), "clip_grad": CLIP_GRAD, "shorter": "depth.steps"}
+        return train_heads(self.heads, optimizers, batches, losses, options.steps, context, "depth", **given)
 
     @torch.no_grad()
     def predict(self, images: Tensor, keys: Sequence[Key], names: Sequence[str]) -> dict[Key, Tensor]:
@@ -289,14 +283,20 @@ def evaluate(measured: Measurement) -> list[Row]:
     border, window = (measured.data.extra.get(name) for name in ("train_crop", "eigen_crop"))
     valid = partial(valid_pixels, min_depth=settings.min_depth, max_depth=settings.max_depth)
     in_border, in_window = partial(valid, crop=border), partial(valid, crop=window)
-    metres, baseline = _mean_depth(train, test, in_border, in_window, settings, context)
+    where = f"between {settings.min_depth:g} and {settings.max_depth:g} m"
+    metres = _mean_depth(train, in_border, where, context)
     size = crop_size(train, border, settings.max_size, settings.min_size)
     heads = DepthHeads(measured.encoder, settings, context.seed)
     ended = heads.fit(train, size, border, context)
-    scores = _score(heads, test, in_window, context, "depth: test")
+    scores = _score(heads, test, metres, in_window, context, "depth: test")
+    if not np.isfinite(scores[BASELINE]["rmse"]).any():
+        raise RunError(f"linear depth: no test image has a pixel {where} that counts")
     several = len(settings.lrs) > 1
-    tried = _score(heads, val, in_window, context, "depth: val") if several and val is not None else None
+    tried = _score(heads, val, metres, in_window, context, "depth: val") if several and val is not None else None
     rows: list[Row] = []
+    settled = {**asdict(settings), "warmup_steps": warmup_steps(settings), "crop": size}
+    settled |= {"train_border": border[0] if border else "none"}
+    settled |= {"eval_crop": window[0] if window else "the whole image"}
     note = f"depths up to {settings.max_depth:g} m" if "samples" in measured.data.extra else ""
     shared: dict[str, Any] = {"unit": "m", "higher_is_better": False, "n_train": len(train), "note": note}
     for variant in settings.variants:
@@ -309,44 +309,25 @@ def evaluate(measured: Measurement) -> list[Row]:
         means.pop("rmse")
         details: dict[str, Any] = {
             **means,
-            "baselines": {"mean training depth": baseline},
+            "baselines": {"mean training depth": mean_scores(scores[BASELINE])},
             "mean_training_depth": metres,
             "images_without_depth": len(test) - len(rmse),
             "final_loss": ended[variant, lr],
         }
         if several:
             details["rmse_by_lr"] = {f"{each:g}": -error for each, error in errors.items()}
-        blocks = [block + 1 for block in heads.blocks[variant]]
-        settled = {**_described(settings, size, border, window), "lr": lr, "blocks": blocks}
+        of_head = {**settled, "lr": lr, "blocks": [block + 1 for block in heads.blocks[variant]]}
         fields = {"variant": f"lin.{variant}", "chosen_on": chosen_on, "details": details, **shared}
         interval = bootstrap_interval(rmse, seed=context.seed)
-        rows.append(measured.row(float(rmse.mean()), interval, n_test=len(rmse), settings=settled, **fields))
+        rows.append(measured.row(float(rmse.mean()), interval, n_test=len(rmse), settings=of_head, **fields))
     return rows
 
 
-def _described(
-    settings: DepthOptions, size: tuple[int, int], border: Crop | None, window: Crop | None
-) -> dict[str, Any]:
-    warmup = f"SigLoss ({loss_warmup_steps(settings)} warm-up steps)"
-    return {
-        **asdict(settings),
-        "warmup_steps": warmup_steps(settings),
-        "crop": size,
-        "crop_reason": "as published" if size == CROP else f"{CROP[0]}x{CROP[1]} in proportion to smaller images",
-        "train_border": border[0] if border else "none",
-        "eval_crop": window[0] if window else "the whole image",
-        "loss": f"{warmup} + {GRADIENT_WEIGHT} x multi-scale gradient loss",
-        "schedule": "cosine to 0 from the first step, times a linear warm-up",
-        "clip_grad": CLIP_GRAD,
-        "final_norm": False,
-        "test": "mean with the mirrored image, centre padding to whole patches, clamped",
-    }
-
-
-def _score(heads: DepthHeads, split: DepthMaps, valid: Valid, context: Context, what: str) -> Scores:
-    scores: Scores = {key: {score: np.full(len(split), np.nan) for score in SCORES} for key in heads.heads}
+def _score(heads: DepthHeads, split: DepthMaps, metres: float, valid: Valid, context: Context, what: str) -> Scores:
+    """Of every head, and of `metres` everywhere under BASELINE."""
+    scores: Scores = {key: {score: np.full(len(split), np.nan) for score in SCORES} for key in (BASELINE, *heads.heads)}
     for index, true, predicted in context.progress(heads.predictions(split, context), len(split), what):
-        for key, depth in predicted.items():
+        for key, depth in {BASELINE: np.full_like(true, metres), **predicted}.items():
             for score, value in depth_scores(depth, true, valid(true)).items():
                 scores[key][score][index] = value
     return scores
@@ -357,34 +338,20 @@ def _errors(scores: Scores, variant: int) -> dict[float, float]:
     return {lr: -mean_scores(each)["rmse"] for (of, lr), each in scores.items() if of == variant}
 
 
-def _mean_depth(
-    train: DepthMaps, test: DepthMaps, in_border: Valid, in_window: Valid, settings: DepthOptions, context: Context
-) -> tuple[float, dict[str, float]]:
-    """The mean depth of training pixels, and the scores of predicting it everywhere."""
-
-    def over(indices: Sequence[int], function: Callable[[int], Any]) -> list[Any]:
-        return list(context.progress(parallel(function, indices, context.workers), len(indices), "depth: baseline"))
+def _mean_depth(train: DepthMaps, valid: Valid, where: str, context: Context) -> float:
+    """The mean depth of training pixels in metres; RunError where none is `where` depths count."""
 
     def summed(index: int) -> tuple[float, int]:
         depth = read_pair(train, index)[1]
-        valid = in_border(depth)
-        return float(depth[valid].sum(dtype=np.float64)), int(valid.sum())
+        counted = depth[valid(depth)]
+        return float(counted.sum(dtype=np.float64)), counted.size
 
-    def scored(index: int) -> dict[str, float]:
-        depth = read_pair(test, index)[1]
-        return depth_scores(np.full_like(depth, metres), depth, in_window(depth))
-
-    sums, counts = zip(
-        *over(np.random.default_rng(context.seed).permutation(len(train))[:MEAN_IMAGES].tolist(), summed)
-    )
-    where = f"between {settings.min_depth:g} and {settings.max_depth:g} m"
+    indices = np.random.default_rng(context.seed).permutation(len(train))[:MEAN_IMAGES].tolist()
+    found = parallel(summed, indices, context.workers)
+    sums, counts = zip(*context.progress(found, len(indices), "depth: baseline"))
     if not sum(counts):
         raise RunError(f"linear depth: no training image has a pixel {where}")
-    metres = sum(sums) / sum(counts)
-    scores = over(range(len(test)), scored)
-    if not any(math.isfinite(each["rmse"]) for each in scores):
-        raise RunError(f"linear depth: no test image has a pixel {where} that counts")
-    return metres, mean_scores({key: np.array([each[key] for each in scores]) for key in SCORES})
+    return sum(sums) / sum(counts)
 
 
 def _draw(heads: DepthHeads, key: Key, test: DepthMaps, valid: Valid, context: Context) -> None:

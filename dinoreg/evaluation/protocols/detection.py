@@ -8,9 +8,8 @@ there are several.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +26,11 @@ from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_picture, resized, shown, size_of, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Figure, Truth, areas, score, whole_images
+from dinoreg.evaluation.metrics.box_ap import MISSING, RULES, Detections, Figure, Truth, areas, score
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.evaluation.solvers.train_heads import train_heads
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
 
@@ -172,32 +171,41 @@ def box_loss(answers: Answers, targets: Targets) -> Tensor:
         return loss + F.binary_cross_entropy_with_logits(answers.centredness[positive], central)
 
 
+class Prepared(NamedTuple):
+    """An image as the backbone takes it.
+
+    number   of the image in its split
+    image    (C, H, W) float32 in [0, 1], padded to whole patches
+    size     (height, width) in pixels after resizing and before padding
+    scale    resized over original pixels, along x and along y
+    targets  of its patches; None outside training
+    """
+
+    number: int
+    image: Tensor
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    targets: Targets | None = None
+
+
 def detect(
-    answers: Answers,
-    points: Tensor,
-    patch_size: int,
-    size: tuple[int, int],
-    scale: Sequence[float],
-    nms: float,
-    max_boxes: int,
+    answers: Answers, points: Tensor, patch_size: int, seen: Prepared, settings: DetectionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An image's boxes from its patches' outputs, highest score first.
+    """The boxes of an image as it was seen, in its original pixels, highest score first.
 
     answers  of M patches
     points   (M, 2) centres of these patches, in pixels of the resized image
-    size     (height, width) of the resized image, to which boxes are clipped
-    scale    resized over original pixels, along x and along y: boxes are returned in original pixels
-    nms      overlap (IoU) in [0, 1] above which the lower scored of two boxes of a class goes
-    returns  boxes (k, 4) float32, labels (k,) int64, scores (k,) float32 in [0, 1], k <= max_boxes, on the CPU
+    returns  boxes (k, 4) float32, labels (k,) int64, scores (k,) float32 in [0, 1], on the CPU; at most
+             `settings.max_boxes`, none of which overlaps a surer one of its class by more than `settings.nms`
     """
     # Classes say what, centre-ness how well a patch is placed to say where: the geometric mean of both ranks the boxes.
     scores = (answers.logits.sigmoid() * answers.centredness.sigmoid()[:, None]).sqrt()
     best = scores.flatten().topk(min(CANDIDATES, scores.numel()))
     patch, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
     boxes = around(points.to(scores.device)[patch], answers.reach[patch] * patch_size)
-    boxes = clip_boxes_to_image(boxes, size)
-    boxes = boxes / boxes.new_tensor((*scale, *scale))
-    remaining = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
+    boxes = clip_boxes_to_image(boxes, seen.size)
+    boxes = boxes / boxes.new_tensor((*seen.scale, *seen.scale))
+    remaining = batched_nms(boxes, best.values, labels, settings.nms)[: settings.max_boxes]
     return boxes[remaining].cpu(), labels[remaining].cpu(), best.values[remaining].cpu()
 
 
@@ -228,22 +236,19 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     tried = None
     if len(heads) > 1 and held is not None:
-        detections, _ = probe.predict(heads, held, "boxes of the held-out images")
+        detections = probe.predict(heads, held, "boxes of the held-out images")
         reference = Truth.of(held)
         tried = {key: scored(each, reference)[0].value for key, each in detections.items()}
-    detections, sizes = probe.predict(heads, test, "boxes of the test images")
+    detections = probe.predict(heads, test, "boxes of the test images")
     scores = {key: scored(each, truth) for key, each in detections.items()}
     best, _ = choose_best({key: each[0].value for key, each in scores.items()}, tried)
-    often = np.bincount(np.concatenate(learnt.labels), minlength=train.num_classes)
-    trivial = scored(whole_images(sizes, often), truth)
     _draw(measured, test, detections[best], names)
     settled = {**asdict(settings), "lr": float(best), "rule": rule}
     # The words hold also where all other rates diverged: the held-out images were not learned from.
     shared = {"chosen_on": words, "n_train": len(learnt), "n_test": len(test), "settings": settled, "note": NOTE}
     rows = []
     for place, figure in enumerate(scores[best]):
-        details: dict[str, Any] = {"whole-image boxes": trivial[place].value, **figure.details}
-        details["per class"] = figure.per_class
+        details: dict[str, Any] = {"per class": figure.per_class}
         if len(settings.lrs) > 1:
             values = {key: each[place].value for key, each in scores.items()}
             details["by rate"] = {f"lr {rate:g}": values.get(repr(rate), "diverged") for rate in settings.lrs}
@@ -285,23 +290,6 @@ def _draw(measured: Measurement, test: Boxed, found: Detections, names: list[str
             draw_boxes(image, test.boxes[index][true], TRUTH, labels),
         )
         measured.context.save_example(strip(panels, ("image", "found", "truth")), "detection", number)
-
-
-class Prepared(NamedTuple):
-    """An image as the backbone takes it.
-
-    number   of the image in its split
-    image    (C, H, W) float32 in [0, 1], padded to whole patches
-    size     (height, width) in pixels after resizing and before padding
-    scale    resized over original pixels, along x and along y
-    targets  of its patches; None outside training
-    """
-
-    number: int
-    image: Tensor
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    targets: Targets | None = None
 
 
 def prepare(
@@ -372,7 +360,6 @@ class BoxProbe:
                 return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
             return {key: box_loss(head(x), targets) for key, head in heads.items()}
 
-        factor = partial(cosine, steps=steps, warmup=min(settings.warmup_steps, steps // 10))
         batches = training_batches(load, count, settings.batch_size, steps, context)
         first = [image for _, image in next(batches(0))[:count]]
         ((_, patches),) = self._tokens(first[:1], 1, split)
@@ -381,36 +368,30 @@ class BoxProbe:
             head = LinearBoxHead(patches.shape[1], split.num_classes, start, context.seed).to(encoder.device)
             heads[repr(rate)] = head
             optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), rate, weight_decay=settings.weight_decay)
-        running = (steps, factor, context, "detection")
-        ended = train_heads(heads, optimizers, batches, losses, *running, shorter="detection.steps")
+        given: dict[str, Any] = {"warmup": min(settings.warmup_steps, steps // 10), "shorter": "detection.steps"}
+        ended = train_heads(heads, optimizers, batches, losses, steps, context, "detection", **given)
         finite = {key: value for key, value in ended.items() if math.isfinite(value)}
         return {key: heads[key] for key in finite}, finite
 
     @torch.no_grad()
-    def predict(
-        self, heads: Mapping[str, LinearBoxHead], split: Boxed, what: str
-    ) -> tuple[dict[str, Detections], np.ndarray]:
-        """Every head's boxes on the images of a split.
+    def predict(self, heads: Mapping[str, LinearBoxHead], split: Boxed, what: str) -> dict[str, Detections]:
+        """{rate: its detections, in original pixels} on the images of a split.
 
-        what     description of the images, beside the progress
-        returns  {rate: detections in original pixels}, and the images' height and width in pixels (n, 2) int64
-        raises   as `train`
+        what    description of the images, beside the progress
+        raises  as `train`
         """
         encoder, settings, context = self.encoder, self.settings, self.context
         images = parallel(lambda index: prepare(split, index, encoder, settings), range(len(split)), context.workers)
         shown = context.progress(images, len(split), f"{what} ({encoder.name})")
-        sizes: dict[int, tuple[int, int]] = {}
         boxes: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
         for each, patches in self._tokens(shown, min(context.batch_size, settings.batch_size), split):
             height, width = each.size
-            sizes[each.number] = round(height / each.scale[1]), round(width / each.scale[0])
             points = centres(encoder.grid(*each.image.shape[1:]), encoder.patch_size)
             within = (points[:, 0] < width) & (points[:, 1] < height)
-            place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
+            place = (points[within], encoder.patch_size, each, settings)
             patches = patches[within.to(patches.device)]
             boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
-        found = {key: Detections.of([boxes[index][key] for index in range(len(split))]) for key in heads}
-        return found, np.array([sizes[index] for index in range(len(split))])
+        return {key: Detections.of([boxes[index][key] for index in range(len(split))]) for key in heads}
 
     def _tokens(self, images: Iterable[Prepared], batch_size: int, split: Boxed) -> Iterator[tuple[Prepared, Tensor]]:
         """Every image with its patch tokens (N, D) float32, in another order; RunError where they are not finite."""

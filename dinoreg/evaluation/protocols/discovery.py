@@ -47,24 +47,23 @@ def evaluate(measured: Measurement) -> list[Row]:
     sweep = list(product(distinct.blocks, distinct.biases))
     *boxes, image_box = _find(measured, test, distinct)
     truth = [np.asarray(each)[~np.asarray(crowd, dtype=bool)] for each, crowd in zip(test.boxes, test.crowd)]
-    hits = np.array([correct(each[:, :4], truth) for each in boxes])  # (S, n)
+    hits = np.array([correct(each, truth) for each in boxes])  # (S, n)
     figures = [
         {
             "block": block,
             "bias": bias,
             "CorLoc": float(hit.mean()),
-            "box is the whole image": float((each[:, :4] == image_box[:, :4]).all(axis=1).mean()),
-            "box is the seed alone": float(each[:, 4].mean()),
+            "box is the whole image": float((each == image_box).all(axis=1).mean()),
         }
         for (block, bias), each, hit in zip(sweep, boxes, hits, strict=True)
     ]
     best, chosen_on = choose_best({place: each["CorLoc"] for place, each in enumerate(figures)})
     block, bias = sweep[best]
-    _draw(measured, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best][:, :4], truth)
-    baseline_hits = correct(image_box[:, :4], truth)
+    _draw(measured, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best], truth)
+    baseline_hits = correct(image_box, truth)
     details: dict[str, Any] = {
         "whole-image box": float(baseline_hits.mean()),
-        **{key: figures[best][key] for key in ("box is the whole image", "box is the seed alone")},
+        "box is the whole image": figures[best]["box is the whole image"],
         "images without boxes": sum(not len(each) for each in truth),
         "sweep": figures,
     }
@@ -119,17 +118,15 @@ def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.nda
     """Every image's box under the S settings, blocks first, and last the box that is the whole image.
 
     sweep    all blocks, from 0, and biases, each once
-    returns  (S + 1, n, 5) float64: x0, y0, x1, y1 in pixels, clipped to the image, and 1 where the seed was left alone
+    returns  (S + 1, n, 4) float64: x0, y0, x1, y1 in pixels, clipped to the image
     """
     encoder = measured.encoder
 
-    def boxes_of(index: int, image: np.ndarray) -> list[list[float]]:
+    def boxes_of(index: int, image: np.ndarray) -> list[list[int]]:
         height, width = image.shape[:2]
-        rows: list[list[float]] = []
-        for found in _objects(encoder, image, sweep, test.source.name(index)):
-            x0, y0, x1, y1 = (side * encoder.patch_size for side in found.box)
-            rows.append([x0, y0, min(x1, width), min(y1, height), found.alone])
-        return [*rows, [0, 0, width, height, False]]
+        found = _objects(encoder, image, sweep, test.source.name(index))
+        boxes = np.array([each.box for each in found]) * encoder.patch_size
+        return [*np.minimum(boxes, [width, height, width, height]).tolist(), [0, 0, width, height]]
 
     def load(index: int) -> np.ndarray:
         return to_array(read_picture(test.source, index))
@@ -179,10 +176,6 @@ def _draw(
 
 
 def _highlighted(image: Image.Image, found: Found, patch_size: int) -> Image.Image:
-    """The picture, dark except for the found patches; the seed has its own colour."""
+    """The picture, dark except for the found patches."""
     light = np.where(found.mask, 1.0, 0.35).repeat(patch_size, 0).repeat(patch_size, 1)[: image.height, : image.width]
-    pixels = np.asarray(image) * light[..., None]
-    row, column = divmod(found.seed, found.mask.shape[1])
-    place = np.s_[row * patch_size : (row + 1) * patch_size, column * patch_size : (column + 1) * patch_size]
-    pixels[place] = 0.4 * pixels[place] + 0.6 * np.array(PREDICTION)
-    return Image.fromarray(np.uint8(pixels))
+    return Image.fromarray(np.uint8(np.asarray(image) * light[..., None]))

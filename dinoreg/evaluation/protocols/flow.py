@@ -15,7 +15,7 @@ float32 for one pass of MPI Sintel with ViT-S/14. They lie in the folder of unfi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from dinoreg.evaluation.features.images import read_picture, resized, shown, siz
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
+from dinoreg.evaluation.solvers.train_heads import generator, train_heads
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
 
@@ -73,22 +73,10 @@ def evaluate(measured: Measurement) -> list[Row]:
     projection = matching.fit()
     projected = {name: matching.measure(projection, name, "test", "projected") for name in passes}
     matching.draw(projection)
-    shared = {
-        "patches": list(matching.geometry.grid),
-        "frames_resized_to": list(matching.geometry.working),
-        "upscale": settings.upscale,
-        "tokens_on_disk": context.features_dtype,
-        "test_scenes": sorted(set(matching.first["test"].scenes)),
-    }
+    grid = list(matching.geometry.grid)
+    shared: dict[str, Any] = {"patches": grid, "tokens_on_disk": context.features_dtype, "upscale": settings.upscale}
     fixed = {**shared, "temperature": settings.temperature, "window": settings.window}
-    learned = {
-        **shared,
-        **{key: getattr(settings, key) for key in ("dim", "steps", "lr", "batch_size")},
-        "first_temperature": settings.temperature,
-        "temperature": float(projection.temperature.detach()),
-        "window": 0,
-        "fitted_on": "the training scenes of " + (" and ".join(filter(None, passes)) or "all"),
-    }
+    learned = {**asdict(settings), **shared, "temperature": float(projection.temperature.detach()), "window": 0}
     n_train = sum(len(splits["train"]) for splits in passes.values())
     of_all = replace(measured, data=replace(data, variant="all pairs"))
     rows, shown, everything = [], [], []
@@ -98,7 +86,9 @@ def evaluate(measured: Measurement) -> list[Row]:
         shown.append(_row(measured, "zero-shot", name, zero_shot[name, "test"], test, settings=fixed))
         tallies = torch.cat([zero_shot[name, split] for split in SPLITS])
         everything.append(_row(of_all, "zero-shot", name, tallies, both, settings=fixed))
-    forget_tokens(context)
+    for path in context.state.glob("flow_tokens_*"):  # room on the disk for those of the baselines
+        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
+            path.unlink()
     return rows + shown + everything
 
 
@@ -174,10 +164,9 @@ class Matching:
                 count += len(difference)
             return {"linear": total / max(count, 1)}
 
-        factor = partial(cosine, steps=settings.steps, warmup=settings.steps // 20)
         heads, optimizers = {"linear": projection}, {"linear": optimizer}
-        running = (settings.steps, factor, self.context, "flow_linear")
-        train_heads(heads, optimizers, batches, losses, *running, depends_on=self.key)
+        given: dict[str, Any] = {"warmup": settings.steps // 20, "depends_on": self.key, "shorter": "flow.steps"}
+        train_heads(heads, optimizers, batches, losses, settings.steps, self.context, "flow_linear", **given)
         return projection
 
     @torch.no_grad()
@@ -261,13 +250,6 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
 
     what, advice = "tokens of frames", "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"
     return extract_rows(context, path, encoder, source, load, compute, what=what, batch_size=batch_size, advice=advice)
-
-
-def forget_tokens(context: Context) -> None:
-    """Delete the token files of this evaluation, to make room on the disk for those of the baselines."""
-    for path in context.state.glob("flow_tokens_*"):
-        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
-            path.unlink()
 
 
 def truth(pairs: FlowPairs, index: int, geometry: Geometry) -> Truth:

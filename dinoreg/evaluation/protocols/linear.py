@@ -12,7 +12,6 @@ unless they are few.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from dinoreg.evaluation.protocols.classification import RESIZE
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Fold, Measurement, choose_best, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
-from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.evaluation.solvers.train_heads import train_heads
 from dinoreg.runtime.parallel import parallel
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the area, width over height
@@ -95,7 +94,6 @@ def grid_rows(measured: Measurement, name: str, kind_of_grid: type["Grid"]) -> l
         "batch_size": grid.batch_size,
         "augment": chosen.augment,
         "image_size": measured.context.image_size,
-        "optimizer": grid.optimizer,
         "best": best,
         "grid": {name: per_fold([each.reported[name] for each in grids]) for name in grids[0].reported},
     }
@@ -124,7 +122,6 @@ class Grid:
     chosen_on   in words
     """
 
-    optimizer = "SGD, momentum 0.9, cosine to 0"
     chunk = CHUNK
     said: dict[str, np.ndarray]
     reported: dict[str, float]
@@ -244,8 +241,7 @@ class Grid:
             x, rows = batch
             return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
 
-        factor = partial(cosine, steps=self.steps)
-        train_heads(heads, optimizers, batches, losses, self.steps, factor, self.context, name)
+        train_heads(heads, optimizers, batches, losses, self.steps, self.context, name)
 
     def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
         """Cached features (b, slots, D) float32 of the training images of a step, and their indices (b,) in the split.
@@ -374,8 +370,6 @@ class Encoded:
 
 class AttentionGrid(Grid):
     """Attention heads on one encoder, one for each rate."""
-
-    optimizer = "AdamW, cosine to 0"
 
     def inputs_of(self, options: Any) -> list[Any]:
         """All tokens are the only kind of input."""

@@ -71,23 +71,19 @@ def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> tuple[Path, int
     else:
         held = _rows(measured, fold.val, "val")
         everything = fit + held
-    Cs, points = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c), METRICS[measured.task.metric]
-    values = context.progress(Cs, len(Cs), "values of C")
-    path = choose(fit, held, values, patience=chosen.patience, points=points, device=device)
+    Cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
+    path = choose(fit, held, context.progress(Cs, len(Cs), "values of C"), METRICS[measured.task.metric], device)
     problem = SigmoidProblem(everything, device=device)
     model = problem.solve(torch.from_numpy(path.C), path.model, tolerance=FINAL_TOLERANCE)
     return replace(path, model=model), problem.data.n, problem.fitted.numpy(), doubts
 
 
-def choose(
-    fit: Rows, held: Rows, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
-) -> Path:
+def choose(fit: Rows, held: Rows, Cs: Iterable[float], points: str, device: torch.device | str) -> Path:
     """The path with the C of each class (K,), best by its average precision on `held`.
 
     fit, held  features and their labels (n, K): 1, 0 or -1 (not counted)
     Cs         ascending, above 0
     points     of the average precision: a value of METRICS
-    patience   a class leaves the path after this many values that better neither its average precision nor its loss
 
     A class that cannot be fitted or scored takes the median C of the others. UserError where that is every class.
     """
@@ -106,7 +102,7 @@ def choose(
             losses[k] = np.logaddexp(0, np.where(y == 1, -1.0, 1.0) * logits[counted[:, k], k]).mean()
         return scores, losses
 
-    path = walk_path(problem, Cs, judge, decided, patience, PATH_TOLERANCE)
+    path = walk_path(problem, Cs, judge, decided, PATH_TOLERANCE)
     middle = np.exp(np.median(np.log(path.C[decided])))
     return replace(path, C=np.where(decided, path.C, middle))
 

@@ -24,8 +24,8 @@ from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
 from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import IGNORED, Segmented
-from dinoreg.evaluation.dense.pictures import panel, triptych
-from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_batches, upsampling
+from dinoreg.evaluation.dense.pictures import coloured, strip, widened
+from dinoreg.evaluation.dense.windows import Windows, fit_size, patch_grid, training_batches, upsampling
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import Picture, read_with_truth, resized, size_of, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
@@ -66,7 +66,9 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     def row(key: str, note: str = "", **fields: Any) -> Row:
         note = note if math.isfinite(losses[key]) else "its training diverged"
-        shared = {"n_train": len(train), "settings": probe.described(key), "note": note}
+        lr, decay = probe.combinations[key]
+        settings = {**asdict(probe.settings), "warmup_steps": warmup(probe.settings), "lr": lr, "weight_decay": decay}
+        shared = {"n_train": len(train), "settings": settings, "note": note}
         return miou_row(measured, counts[key], {"train_loss": losses[key]}, **shared, **fields)
 
     if len(heads) == 1:
@@ -80,7 +82,7 @@ def miou_row(measured: Measurement, counts: Confusion, details: Mapping[str, Any
 
     details, fields  of Row
     """
-    names, seed = class_keys(measured.data.class_names, counts.num_classes), measured.context.seed
+    names, seed = measured.data.names(counts.num_classes), measured.context.seed
     most_frequent, constant = counts.constant()
     everywhere = bootstrap_statistic(counts.num_images, lambda weights: counts.constant(weights)[1], seed=seed)
     found = {
@@ -94,14 +96,6 @@ def miou_row(measured: Measurement, counts: Confusion, details: Mapping[str, Any
     interval = bootstrap_statistic(counts.num_images, counts.miou, seed=seed)
     row = measured.row(counts.miou(), interval, n_test=counts.num_images, details=found, **fields)
     return with_majority(row, measured.row(constant, everywhere, n_test=counts.num_images))
-
-
-def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
-    """A distinct name for every class: "class 3" where names are missing, "name (3)" where some are repeated."""
-    if len(names) != num_classes:
-        return [f"class {number}" for number in range(num_classes)]
-    repeated = len(set(names)) < num_classes
-    return [f"{name} ({number})" if repeated else name for number, name in enumerate(names)]
 
 
 def warmup(settings: SegmentationOptions) -> int:
@@ -130,18 +124,16 @@ class Segmenter:
         raises  UserError for images and masks that do not fit, RunError where a token is not finite
         """
 
-        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
-            """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
+        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> list[Tensor]:
+            """What `count_pixels` gives of every head's prediction."""
             predicted = self._predict(heads, *loaded, split.source.name(index))
-            counts = [count_pixels(loaded[1], each, split.num_classes) for each in predicted]
-            return torch.from_numpy(np.concatenate([np.insert(each, 0, head, 1) for head, each in enumerate(counts)]))
+            return [torch.from_numpy(count_pixels(loaded[1], each, split.num_classes)) for each in predicted]
 
         key, what = (list(heads), len(split)), f"{self.name}, {name} ({self.encoder.name})"
         load = partial(self.load, split)
         images = resumable_map(self.context, f"{self.name}_{name}", key, len(split), compute, what, load)
-        tables = [each.numpy() for each in images]
         return {
-            key: Confusion(split.num_classes, [each[each[:, 0] == head, 1:] for each in tables])
+            key: Confusion(split.num_classes, [counts[head].numpy() for counts in images])
             for head, key in enumerate(heads)
         }
 
@@ -150,9 +142,9 @@ class Segmenter:
         for number, index in enumerate(self.context.example_indices(len(split))):
             pixels, mask = self.load(split, index)
             (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))
-            maps = (as_rgb(pixels), predicted.astype(np.uint8), mask)
-            image, prediction, truth = (panel(each, *mask.shape) for each in maps)
-            self.context.save_example(triptych(image, prediction, truth, split.num_classes), self.name, number)
+            maps = [widened(coloured(each, split.num_classes)) for each in (predicted, mask)]
+            panels = [widened(as_rgb(pixels), Image.Resampling.BICUBIC), *maps]
+            self.context.save_example(strip(panels, ("image", "prediction", "truth")), self.name, number)
 
     def load(self, split: Segmented, index: int) -> tuple[np.ndarray, np.ndarray]:
         """An image scaled for the sliding window, (h, w, C), and its mask at its own size, (H, W) uint8."""
@@ -222,28 +214,9 @@ class LinearProbe(Segmenter):
             require_finite(tokens, [split.source.name(index) for index in indices], encoder)
             return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
-        factor = partial(linear, steps=steps, warmup=warmup(settings))
         batches = training_batches(load, len(split), settings.batch_size, steps, context)
-        running = (steps, factor, context, "segmentation")
-        return heads, train_heads(heads, optimizers, batches, losses, *running, shorter="segmentation.steps")
-
-    def described(self, key: str) -> dict[str, object]:
-        """The settings of one head, for its row."""
-        settings, (lr, decay) = self.settings, self.combinations[key]
-        return {
-            "head": "last block's patch tokens after the final norm, batch norm, 1x1 convolution, bilinear upsampling",
-            **asdict(settings),
-            "lr": lr,
-            "weight_decay": decay,
-            "warmup_steps": warmup(settings),
-            "schedule": "linear to 0 (poly, power 1), times a linear warm-up",
-            "optimizer": "AdamW",
-            "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
-            "scales": list(SCALES),
-            "cat_max_ratio": MOST_OF_ONE_CLASS,
-            "augmentation": f"scale, crop, horizontal flip, {distortion(self.encoder.in_channels)}",
-            "test": f"short side {settings.size}, sliding window, one scale, no flip",
-        }
+        given: dict[str, Any] = {"schedule": linear, "warmup": warmup(settings), "shorter": "segmentation.steps"}
+        return heads, train_heads(heads, optimizers, batches, losses, steps, context, "segmentation", **given)
 
 
 class LinearHead(nn.Module):
@@ -313,7 +286,7 @@ def training_crop(
     height, width = fit_size(*size_of(image), max(int(size * ratio), 1), max(int(LONGEST * size * ratio), 1))
     pixels = to_array(resized(image, height, width, "bilinear"))
     labels = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-    top, left = crop_origin(height, width, size, rng, labels, MOST_OF_ONE_CLASS)
+    top, left = crop_origin(labels, size, rng)
     pixels, labels = pixels[top : top + size, left : left + size], labels[top : top + size, left : left + size]
     if rng.random() < 0.5:
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
@@ -321,19 +294,18 @@ def training_crop(
 
 
 def crop_origin(
-    height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
+    mask: np.ndarray, size: int, rng: np.random.Generator, most: float = MOST_OF_ONE_CLASS
 ) -> tuple[int, int]:
     """Top and left in pixels of a random crop of at most (size, size) pixels.
 
     mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
-          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+          of the pixels that are not ignored; after CROP_TRIES the last one is taken
     """
+    height, width = mask.shape
     top = left = 0
     for _ in range(CROP_TRIES):
         top = int(rng.integers(0, max(height - size, 0) + 1))
         left = int(rng.integers(0, max(width - size, 0) + 1))
-        if mask is None:
-            break
         part = mask[top : top + size, left : left + size]
         counts = np.bincount(part[part != IGNORED].ravel())
         if np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum():
@@ -379,12 +351,6 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     if contrast and not contrast_first:
         x = np.clip(x * gain, 0, 255)
     return (x + 0.5).astype(np.uint8) if image.dtype == np.uint8 else x
-
-
-def distortion(in_channels: int) -> str:
-    """What `photometric_distortion` does to pictures of so many channels, in words."""
-    kept = "" if in_channels == 3 else f" (no saturation and hue, which need 3 channels: there are {in_channels})"
-    return f"photometric distortion{kept}"
 
 
 def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:

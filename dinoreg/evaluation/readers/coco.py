@@ -24,7 +24,7 @@ from dinoreg.runtime.errors import UserError
 T = TypeVar("T")
 
 EMPTY_SIDE = 1e-3  # pixels; a box that is narrower holds nothing to learn from
-OBJECT = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f4", 4), ("area", "f4"), ("crowd", "?")])
+OBJECT = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f4", 4), ("crowd", "?")])
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Instances:
 
     ids         (n,) int64 of the images
     files       (n,) names of the images' files
-    objects     per image (k,) OBJECT: boxes in pixels, areas in square pixels, labels in the order of ids
+    objects     per image (k,) OBJECT: boxes in pixels, labels in the order of ids
     categories  (K,) names in the order of their ids
     """
 
@@ -50,11 +50,9 @@ class Instances:
         """
         objects = self.objects if images is None else [self.objects[index] for index in images]
         # Copies, because PyTorch takes no views of fields; `ascontiguousarray` leaves one of a single object as it is.
-        boxes, labels, crowd, area = (
-            [each[field].copy() for each in objects] for field in ("box", "label", "crowd", "area")
-        )
+        boxes, labels, crowd = ([each[field].copy() for each in objects] for field in ("box", "label", "crowd"))
         difficult = [np.zeros_like(each) for each in crowd]
-        return Boxed(source, boxes, labels, len(self.categories), difficult, crowd, area)
+        return Boxed(source, boxes, labels, len(self.categories), difficult, crowd)
 
 
 def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -> Instances:
@@ -118,13 +116,13 @@ def category_name(element: Any) -> tuple[int, str]:
     return int(element["id"]), str(element["name"])
 
 
-def _annotation(where: str, element: Any) -> tuple[int, int, tuple[float, ...], float, int]:
-    """An OBJECT by the file's ids: image, category, box with exclusive ends (x0, y0, x1, y1), area and crowd flag."""
+def _annotation(where: str, element: Any) -> tuple[int, int, tuple[float, ...], int]:
+    """An OBJECT by the file's ids: image, category, box with exclusive ends (x0, y0, x1, y1), and crowd flag."""
     x, y, width, height = box = tuple(float(value) for value in element["bbox"])
-    image, area, crowd = int(element["image_id"]), float(element.get("area", width * height)), element.get("iscrowd", 0)
-    if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0 or crowd not in (0, 1):
+    image, crowd = int(element["image_id"]), element.get("iscrowd", 0)
+    if not all(map(math.isfinite, box)) or width < 0 or height < 0 or crowd not in (0, 1):
         raise UserError(f"{where}: an object of image {image} has the box {box} and iscrowd {crowd}")
-    return image, int(element["category_id"]), (x, y, x + width, y + height), area, crowd
+    return image, int(element["category_id"]), (x, y, x + width, y + height), crowd
 
 
 def positions(known: np.ndarray, wanted: np.ndarray | list[int], what: str, where: str) -> np.ndarray:

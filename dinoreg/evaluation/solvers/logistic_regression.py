@@ -197,7 +197,8 @@ class LogisticProblem(ABC):
         tolerance  distance to the minimum at which to stop, as a mean loss
         """
         Cs = torch.as_tensor(C, dtype=torch.float64).expand(len(self.fitted))
-        model = self._start if init is None else init
+        weight = torch.zeros(len(self.fitted), self.data.dim, dtype=torch.float64)
+        model = init or LogisticModel(weight, self.log_odds, torch.zeros_like(self.log_odds), self.fitted)
         which = (self.fitted if classes is None else self.fitted & classes).nonzero()[:, 0]
         if not len(which):
             return model
@@ -245,11 +246,6 @@ class LogisticProblem(ABC):
         a, b = a.to(self.data.dtype), b.to(self.data.dtype)
         for part, x in self.data.chunks(max(256, LOGITS // len(b))):
             yield part, x, torch.addmm(b, x, a)
-
-    @property
-    def _start(self) -> LogisticModel:
-        weight = torch.zeros(len(self.fitted), self.data.dim, dtype=torch.float64)
-        return LogisticModel(weight, self.log_odds, torch.zeros_like(self.log_odds), self.fitted)
 
     @abstractmethod
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,38 +52,28 @@ def walk_path(
     Cs: Iterable[float],
     judge: Callable[[LogisticModel], tuple[np.ndarray, np.ndarray]],
     active: np.ndarray,
-    patience: int | None,
     tolerance: float,
 ) -> Path:
     """Visit the Cs, which ascend, and keep the best for each group: by the score, the lower loss among equals.
 
     judge      model -> scores (G,) in [0, 1] or NaN, and mean losses (G,), on held-out rows; G is 1, or that of classes
     active     (G,) bool: the groups to choose for
-    patience   a group leaves the path after this many values that better neither its score nor its loss; None: never
     tolerance  of `LogisticProblem.solve`
-    raises     ValueError where there is no C or no active group
     """
-    shape = active.shape
-    best_score, best_loss, lowest = np.full(shape, -np.inf), np.full(shape, np.inf), np.full(shape, np.inf)
-    best_c, idle = np.ones(shape), np.zeros(shape, dtype=int)
+    shape, classes = active.shape, torch.from_numpy(active).expand(len(problem.fitted))
+    best_score, best_loss, best_c = np.full(shape, -np.inf), np.full(shape, np.inf), np.ones(shape)
     model: LogisticModel | None = None
     best: LogisticModel | None = None
     visited: list[Visited] = []
     for C in Cs:
-        if not active.any():
-            break
-        classes = torch.from_numpy(active).expand(len(problem.fitted))
         model = problem.solve(float(C), model, classes, tolerance)
         scores, losses = judge(model)
         visited.append(Visited(float(C), scores, losses))
         scores = np.nan_to_num(scores, nan=-1.0)  # where there is no score the loss decides
         better = active & ((scores > best_score) | ((scores == best_score) & (losses < best_loss)))
-        idle = np.where(better | (losses < lowest), 0, idle + 1)
-        lowest = np.fmin(lowest, losses)
         best_score, best_loss = np.where(better, scores, best_score), np.where(better, losses, best_loss)
         best_c = np.where(better, C, best_c)
         best = model if best is None else best.with_classes_of(model, torch.from_numpy(better).expand(len(classes)))
-        active = active & (idle < patience) if patience is not None else active
     assert best is not None
     return Path(best_c, best, tuple(visited))
 
@@ -97,7 +87,6 @@ def select_and_fit(
     validation: tuple[Tensor, ArrayLike | Tensor] | None = None,
     validation_share: float = 0.1,
     seed: int = 0,
-    patience: int | None = None,
     score: Callable[[ArrayLike, ArrayLike], float] = top1,
     pictures: np.ndarray | None = None,
     **options: Any,
@@ -109,7 +98,6 @@ def select_and_fit(
     Cs                inverse regularisations to try, above 0
     validation        features (m, D) and labels (m,); without it a seeded, class-balanced share of the rows is held out
     validation_share  that share, in (0, 1)
-    patience          as for `walk_path`
     score             (predicted classes, true ones) -> in [0, 1], higher is better
     pictures          (n,) as for `balanced_split`
     options           of LogisticProblem
@@ -134,7 +122,7 @@ def select_and_fit(
             total += float(F.cross_entropy(logits.double(), truth, reduction="sum"))
         return np.array([score(torch.cat(predicted), held.labels)]), np.array([total / len(held)])
 
-    path = walk_path(problem, sorted(Cs), judge, np.ones(1, dtype=bool), patience, PATH_TOLERANCE)
+    path = walk_path(problem, sorted(Cs), judge, np.ones(1, dtype=bool), PATH_TOLERANCE)
     final = SoftmaxProblem(rows, num_classes, **options)
     return replace(path, model=final.solve(float(path.C[0]), path.model, tolerance=FINAL_TOLERANCE))
 

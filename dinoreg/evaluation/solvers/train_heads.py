@@ -53,9 +53,11 @@ def train_heads(
     batches: Callable[[int], Iterable[B]],
     losses: Callable[[int, B], Mapping[Any, Tensor]],
     steps: int,
-    factor: Callable[[int], float],
     context: Context,
     name: str,
+    *,
+    schedule: Callable[[int, int, int], float] = cosine,
+    warmup: int = 0,
     clip_grad: float | None = None,
     depends_on: object = (),
     shorter: str = "",
@@ -65,8 +67,9 @@ def train_heads(
     batches     step -> what each step from that one on learns from
     losses      (step, batch) -> {key: () loss}; it runs the backbone without gradients, and the heads with. One for
                 each head, or several where a module holds several heads side by side
-    factor      step -> what each optimizer's own rate is multiplied by
     name        of the saved state, distinct within the evaluation
+    schedule    (step, steps, warmup) -> what each optimizer's own rate is multiplied by
+    warmup      steps of the linear warm-up
     clip_grad   largest gradient norm of a head; None: no clipping
     depends_on  compared (by its repr) with that of a saved state, which is used only where they are equal
     shorter     the option that makes the training shorter, shown beside the time left
@@ -91,7 +94,7 @@ def train_heads(
     title = name + f" (shorter: {shorter}=)" * bool(shorter)
     for step, batch in context.progress(zip(range(start, steps), batches(start)), steps - start, title):
         for group in groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step, steps, warmup)
         found = losses(step, batch)
         values = torch.stack([loss.detach() for loss in found.values()]).tolist()  # the one wait for the device
         broken |= {key for key, value in zip(found, values) if not math.isfinite(value)}
