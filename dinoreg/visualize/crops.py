@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import with_statistics
 from dinoreg.models.registry import parse_name
+from dinoreg.runtime.json_files import newest_teacher, step_in
 from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
 from dinoreg.visualize.subject import config_source, safe_name
 
@@ -115,7 +115,7 @@ def default_folder(config: str) -> Path:
     path = find_config(config)
     if path.name == "config.yaml" and Path(config).is_dir():
         run = Path(config)
-        return run / "view" / f"{teacher_step(newest_teacher(run) or run) or 0:07d}"
+        return run / "view" / f"{step_in((newest_teacher(run) or run).stem) or 0:07d}"
     return Path("view") / safe_name(path.stem)
 
 

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from dinoreg.checkpoint.atomic import write_picture
-from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
+from dinoreg.runtime.json_files import newest_teacher
 from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet, first_batch
 from dinoreg.visualize.gallery import to_pixels
