@@ -9,8 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
-from dinoreg.commands.early import check_early
+from dinoreg.commands.arguments import check_early, is_key_value, read_options, split_arguments
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.jobs import control, status

@@ -10,7 +10,7 @@ from dinoreg.jobs.status import JobStatus, examine, require_jobs
 from dinoreg.runtime.errors import RunError, UserError
 
 POLL_SECONDS, MAX_POLL_SECONDS = 1.0, 30.0
-LOG_SECONDS, STATUS_SECONDS = 0.5, 5.0
+LOG_SECONDS = 3.0
 
 
 def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> None:
@@ -78,9 +78,9 @@ def _choose(launch: Path, statuses: Sequence[JobStatus]) -> JobStatus:
 
 def _tail(folder: str, record: Record, offsets: dict[Path, int], write: Callable[[str], None]) -> None:
     """Write what comes into the files after their offsets, until the job is over."""
-    checked = time.monotonic()
     over = False
-    while True:
+    while not over:
+        over = examine(folder, [record])[0].is_over  # before the files are read: nothing comes after it
         for path, offset in offsets.items():
             if path.is_file() and path.stat().st_size > offset:
                 with open(path, "rb") as file:
@@ -88,12 +88,8 @@ def _tail(folder: str, record: Record, offsets: dict[Path, int], write: Callable
                     added = file.read()
                 offsets[path] = offset + len(added)
                 write(added.decode(errors="replace"))
-        if over:
-            return
-        if time.monotonic() - checked > STATUS_SECONDS:
-            checked = time.monotonic()
-            over = examine(folder, [record])[0].is_over
-        time.sleep(LOG_SECONDS)
+        if not over:
+            time.sleep(LOG_SECONDS)
 
 
 def cancel(folder: str, job: str | None, save: bool, say: Callable[[str], None]) -> None:

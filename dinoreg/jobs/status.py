@@ -44,9 +44,8 @@ ENDINGS = {
     "TIMEOUT": "killed at its time limit",
     "OUT_OF_MEMORY": "killed for want of memory (mem=)",
     "NODE_FAIL": "its machine was lost",
-    "DEADLINE": "its deadline passed",
-    "BOOT_FAIL": "its machine did not start",
     "PREEMPTED": "preempted, and not requeued",
+    "FAILED": "",
 }
 TIMES = {1: "once", 2: "twice"}
 
@@ -138,7 +137,7 @@ def _status_of(launch: Path, record: Record, known: slurm.JobState | None, note:
         state = "lost"
         parts = ["its process is gone without an ending: the machine was restarted, or it was killed"]
     else:
-        state, parts = "failed", [ENDINGS.get(known.state, ""), failure(launch, record, events), restarts]
+        state, parts = "failed", [ENDINGS.get(known.state, known.state), failure(launch, record, events), restarts]
     return JobStatus(record, state, ", ".join(filter(None, parts)))
 
 
