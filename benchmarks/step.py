@@ -110,7 +110,7 @@ def build(settings: dict[str, Any]) -> Any:
 
     step()
     if settings["phases"]:
-        return lambda: phases(state, batches[0], now, config, dtype, device)
+        return lambda: phases(state, batches[0], now, config, device)
     return take
 
 
@@ -141,7 +141,7 @@ def random_batch(config: Any, patch_size: int, number: int, device: torch.device
     )
 
 
-def phases(state: Any, batch: Any, now: Any, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def phases(state: Any, batch: Any, now: Any, config: Any, device: torch.device) -> dict[str, float]:
     """Seconds that the parts of one step take, in their order."""
     from dinoreg.train.micro_batch import micro_batches
     from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
