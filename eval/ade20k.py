@@ -6,7 +6,6 @@ The folders are the official split; there are no public labels for the test imag
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, Segmented
 from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, capi, denoised, released, with_registers
@@ -47,10 +46,8 @@ def _names(path: Path) -> list[str]:
     """The last column of 150 rows that are numbered from 1, below one row of titles."""
     rows = [line.split("\t") for line in lines(path, NAME, ARCHIVE)][1:]
     if [row[0].strip() for row in rows] != [str(number) for number in range(1, NUM_CLASSES + 1)]:
-        raise UserError(
-            f"{NAME}: {path} has {len(rows)} rows below its titles, "
-            f"expected {NUM_CLASSES} with tabs between columns, numbered from 1"
-        )
+        expected = f"{NUM_CLASSES} with tabs between columns, numbered from 1"
+        raise UserError(f"{NAME}: {path} has {len(rows)} rows below its titles, expected {expected}")
     return [row[-1].strip() for row in rows]
 
 
@@ -87,4 +84,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

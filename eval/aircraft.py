@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
@@ -71,4 +70,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

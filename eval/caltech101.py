@@ -11,7 +11,6 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
@@ -39,9 +38,8 @@ def read(folder: Path, options: Options) -> Data:
     for name in names:
         files = [path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg"]
         if len(files) <= count:
-            raise UserError(
-                f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
-            )
+            expected = f"more than train_per_class={count}"
+            raise UserError(f"{NAME}: {images / name} has {len(files)} images, expected {expected}")
         ranked = sorted(files, key=partial(_rank, seed, name))
         for split, drawn in (("train", ranked[:count]), ("test", ranked[count:])):
             rows[split] += [(name, f"{name}/{file}") for file in sorted(drawn)]
@@ -77,4 +75,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

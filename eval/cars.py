@@ -9,7 +9,6 @@ Metric: top-1 (SimCLR B.8.1); 1,650 of train for choosing C (BYOL, App. D).
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
@@ -75,4 +74,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

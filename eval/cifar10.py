@@ -5,7 +5,6 @@ read without running them. Images go bicubically from 32 pixels straight to the 
 train and test are known and left in. Metric: top-1 (SimCLR B.8.1); 5,000 of train for choosing C (BYOL, App. D).
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, classification_tasks, needs
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.cifar import cifar_reader
@@ -30,4 +29,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -5,7 +5,6 @@ them. The twenty coarse classes beside the fine ones are not used, as in every p
 pixels straight to the crop's size. Metric: top-1 (SimCLR B.8.1); 5,067 of train for choosing C (BYOL, App. D).
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, classification_tasks, needs
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.cifar import cifar_reader
@@ -27,4 +26,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -7,7 +7,6 @@ labels are withheld: val is what is reported.
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task, needs
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.readers.coco import read_instances
@@ -57,4 +56,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

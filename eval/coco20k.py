@@ -7,7 +7,6 @@ two years' annotations was not verified; those of 2014 are read where both are t
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
@@ -74,4 +73,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -7,7 +7,6 @@ grey, and some are in ImageNet too. Metric: top-1 (Birdsnap's in SimCLR B.8.1); 
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
@@ -60,4 +59,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -8,7 +8,6 @@ Metric: top-1; C is chosen on val and the final fit takes train and val.
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
@@ -49,4 +48,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

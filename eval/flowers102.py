@@ -8,7 +8,6 @@ Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the fina
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
@@ -47,4 +46,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -7,7 +7,6 @@ numbered in the order of their names. Training labels were never cleaned, by des
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
@@ -52,4 +51,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

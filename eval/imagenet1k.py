@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
 from dinoreg.data.labelled_folder import class_folders
@@ -113,4 +112,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -3,8 +3,8 @@
 One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (the archives are indexed here,
 once; DINOv2's own tables of them are not needed), or one folder per class. There is no official validation split: the
 probe holds some images of each class out, chosen by a hash of their names, so that every copy and layout holds out the
-same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images
-included; no published number exists for this probe.
+same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images included; no published number exists
+for this probe.
 """
 
 import os
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
@@ -62,7 +61,7 @@ def read(folder: Path, options: Options) -> Data:
 def _images(folder: Path, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
     """Every file: (source, names, labels (n,) int64, wnids); a label is the rank of the wnid, -1 where left out."""
     source: Source
-    if _has(folder, ".tar"):
+    if any(folder.glob(f"n{'[0-9]' * 8}.tar")):
         archives = sorted(path.name for path in folder.glob("[!.]*.tar"))
         source = index_tars(Shards(os.path.abspath(folder), archives, ".tar"), index_dir)
         stems = [archive.removesuffix(".tar") for archive in source.archives]
@@ -94,11 +93,6 @@ def _ranks(names: PathBlock, seed: int) -> np.ndarray:
     return np.concatenate(ranks)
 
 
-def _has(folder: Path, suffix: str) -> bool:
-    """Whether a class's tar (".tar") or folder ("") is there."""
-    return any(path.is_dir() == (suffix == "") for path in folder.glob(f"n{'[0-9]' * 8}{suffix}"))
-
-
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """Every readable image, without labels. Any classes will do: many copies hold a part of them.
 
@@ -106,9 +100,7 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     index_dir  where the index of a folder or of tars is kept; None: the default place
     raises     UserError for a folder without classes
     """
-    folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
-    chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), index_dir)  # find raises the error
+    source, _, labels, _ = _images(BENCHMARK.find(root), index_dir)
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
@@ -132,4 +124,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

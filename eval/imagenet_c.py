@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.readers.imagenet_sets import imagenet_set, table_6
@@ -52,4 +51,4 @@ LAYOUTS = (tuple(ALEXNET), ("noise", "blur", "weather", "digital"))
 BENCHMARK = imagenet_set(NAME, "ImageNet-C", 3_750_000, ARCHIVE, PUBLISHED, layouts=LAYOUTS, finish=corrupted)
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -5,11 +5,10 @@ ImageNet-1k's training images (DINOv2's linear grid) answers with one of the 200
 only images of these vote.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.readers.imagenet_sets import imagenet_set, table_6
 
 PUBLISHED = table_6((53.7, 63.3, 74.4, 78.8))
 BENCHMARK = imagenet_set("imagenet_r", "ImageNet-R", 30_000, "imagenet-r.tar", PUBLISHED, classes=200)
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -4,7 +4,6 @@
 grid, and weighted k-NN) is tested on them.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.readers.imagenet_sets import imagenet_set, table_6
 
 PUBLISHED = table_6((41.2, 50.6, 59.3, 62.5))
@@ -13,4 +12,4 @@ BENCHMARK = imagenet_set(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

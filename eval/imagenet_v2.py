@@ -4,7 +4,6 @@ Folders are numbers: the ranks, from 0, of the sorted wnids of ImageNet-1k, thou
 learnt from ImageNet-1k's training images (DINOv2's linear grid, and weighted k-NN) is tested on them.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.published import CARD, DINOV2, released
 from dinoreg.evaluation.readers.imagenet_sets import imagenet_set
 
@@ -17,4 +16,4 @@ PUBLISHED = (
 BENCHMARK = imagenet_set("imagenet_v2", TITLE, 10_000, ARCHIVE, PUBLISHED, layouts=(("[0-9]/",),), folders=UNPACKED)
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
@@ -46,11 +45,8 @@ def _split(folder: Path, split: str, ids: np.ndarray) -> Labelled:
     category_of = dict(
         converted(annotations, lambda each: (int(each["image_id"]), int(each["category_id"])), lacking, where)
     )
-    if len(category_of) != len(annotations) or len(set(images)) != len(images):
-        raise UserError(f"{where} has two annotations of one image, or two images of one id")
-    for image in images:
-        if image not in category_of:
-            raise UserError(f"{where}: image {image} has no annotation")
+    if len(category_of) != len(annotations) or len(set(images)) != len(images) or not category_of.keys() >= {*images}:
+        raise UserError(f"{where}: expected each image once, and one annotation of each")
     categories = np.array([category_of[image] for image in images])
     return Labelled(source, positions(ids, categories, "an image is of category", where), len(ids))
 
@@ -98,4 +94,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -21,7 +21,6 @@ from threading import Lock
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.data.source import ChosenSource, Source, stamp_of_files
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
@@ -59,11 +58,10 @@ def read(folder: Path, options: Options) -> Data:
     complete = [pair for pair in LISTS if all((folder / name).is_file() for name in pair)]
     if complete:
         splits = {split: _listed(folder, name, split) for split, name in zip(BASES, complete[0])}
-        variant, train = "synced frames, raw depths", 24_231
     else:
-        splits, variant, train = _labelled(folder), "NYU-795, raw depths", 795
-    extra = {"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP, "official_counts": {"train": train, "test": 654}}
-    return Data(splits, variant=variant, extra=extra)
+        splits = _labelled(folder)
+    variant = f"{'synced frames' if complete else 'NYU-795'}, raw depths"
+    return Data(splits, variant=variant, extra={"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP})
 
 
 def _listed(folder: Path, name: str, split: str) -> DepthMaps:
@@ -172,14 +170,11 @@ BENCHMARK = Benchmark(
         (*needs(LABELLED_ARCHIVE, LABELLED), *needs(SPLITS_ARCHIVE, SPLITS)),
         *(needs(LIST_ARCHIVE, *pair) for pair in LISTS),
     ),
-    tasks=(
-        # Training counts hang on the layout: `read` gives them as `official_counts`.
-        Task("depth", read, "RMSE", {"test": 654}, PUBLISHED),
-    ),
+    tasks=(Task("depth", read, "RMSE", {"test": 654}, PUBLISHED),),  # how many there are of train hangs on the layout
     download=f"{LABELLED} and {SPLITS}; or, for the published protocol, BTS's sync.zip, official_splits and file lists",
     licence="no licence text found; unverified",
     aliases=("nyud", "nyu_depth_v2"),
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -8,7 +8,6 @@ Places365. Protocol: DINOv2's linear grid (App. B.3), weighted k-NN besides.
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.source import Source
@@ -103,4 +102,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

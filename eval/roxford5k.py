@@ -4,7 +4,6 @@ All images of the archive lie in `jpg/`, beside `gnd_roxford5k.pkl`. A query is 
 the database. Metric: mAP, Medium and Hard.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.published import CARD, released
 from dinoreg.evaluation.readers.revisited import SIZE, revisited
 
@@ -13,4 +12,4 @@ REGISTERS = released((39.5, 51.0, 55.7, 58.2), CARD, SIZE, registers=4, variant=
 BENCHMARK = revisited("roxford5k", "Revisited Oxford", 4_993, "oxbuild_images.tgz", MEDIUM, HARD, REGISTERS)
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

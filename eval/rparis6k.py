@@ -4,7 +4,6 @@ All images of both archives lie in `jpg/`, without the folders that they unpack 
 is a box in an image that is not in the database. Metric: mAP, Medium and Hard.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.readers.revisited import revisited
 
 ARCHIVES = "paris_1.tgz and paris_2.tgz, their pictures in one folder"
@@ -12,4 +11,4 @@ MEDIUM, HARD = (84.6, 90.3, 92.7, 92.1), (68.5, 78.6, 83.5, 82.6)
 BENCHMARK = revisited("rparis6k", "Revisited Paris", 6_322, ARCHIVES, MEDIUM, HARD)
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
@@ -48,10 +47,9 @@ def read(folder: Path, options: Options) -> Data:
     scenes = {name: _frames(root, wanted, name) for name in names}
     scored = [name for name in TEST_SCENES if name in scenes]
     if not scored or len(scored) == len(scenes):
-        raise UserError(
-            f"{NAME}: {root / wanted[0]} has the scenes {', '.join(scenes) or '(none)'}, expected one of "
-            f"{' and '.join(TEST_SCENES)} to score on and others to fit on; they come from {IMAGES}"
-        )
+        expected = f"expected one of {' and '.join(TEST_SCENES)} to score on and others to fit on"
+        known = ", ".join(scenes) or "(none)"
+        raise UserError(f"{NAME}: {root / wanted[0]} has the scenes {known}, {expected}; they come from {IMAGES}")
     paths = [f"{each}/{frame}.png" for each in wanted for frames in scenes.values() for frame in frames]
     source = paths_source(root, paths, NAME)
     passes: dict[str, dict[str, FlowPairs]] = {each: {} for each in wanted}
@@ -162,4 +160,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

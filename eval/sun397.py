@@ -8,7 +8,6 @@ B.8.1); 10 images of each class are held out of train for choosing C (BYOL, App.
 
 from pathlib import Path
 
-from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
@@ -69,4 +68,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -5,7 +5,6 @@
 annotations. The "VOC" column of the DINOv2 tables is the classification.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Task, needs
 from dinoreg.evaluation.published import corloc, denoised, fine_grained
 from dinoreg.evaluation.readers.pascal import CLASSES, Devkit, voc_folders, voc_reader
@@ -49,4 +48,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

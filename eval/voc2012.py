@@ -5,7 +5,6 @@ name, so the lists count. Masks are palette pictures: 0 the ground, 1..20 the cl
 learnt from the 1,464 official masks, not from the 10,582 that include the SBD.
 """
 
-from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Published, Task, needs
 from dinoreg.evaluation.published import BASELINE, DINOV2, corloc, denoised, released
 from dinoreg.evaluation.readers.pascal import CLASSES, WITH_GROUND, Devkit, voc_folders, voc_reader
@@ -62,4 +61,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    script(BENCHMARK)
+    BENCHMARK.script()

@@ -118,8 +118,6 @@ def test_a_checkpoint_and_its_teacher_file_hold_the_state_of_the_call(tmp_path: 
             writer.save(step, state, {"step": step}, best=step == 2)
         writer.wait()
         assert writer.saved == 3
-        assert writer.write_time is not None
-        assert writer.write_time > 0
         assert writer.poll() == []
     assert_holds(tmp_path, 3, tensors(3.0))
     assert checkpoint.read_pointer(tmp_path / "checkpoints", "last") == "step_0000003"
@@ -161,15 +159,12 @@ def test_the_next_save_waits_for_the_one_before_and_says_how_long(
     held = Held(monkeypatch)
     with open_writer(tmp_path) as writer:
         writer.save(1, tensors(1.0), {"step": 1})
-        first = writer.stall
+        assert writer.read_stall() > 0
         threading.Timer(0.4, held.go.set).start()
         writer.save(2, tensors(2.0), {"step": 2})
         assert writer.saved is not None  # the one before is whole
-        assert writer.stall > 0.3
-        assert writer.read_stall() == pytest.approx(first + writer.stall)
+        assert writer.read_stall() > 0.3
         assert writer.read_stall() == 0
-        assert writer.write_time is not None
-        assert writer.write_time > 0.3
     assert_holds(tmp_path, 2, tensors(2.0))  # closing has finished it
 
 
@@ -587,21 +582,6 @@ def test_a_copy_that_was_taken_over_publishes_nothing_more_and_names_the_other(
     new.save(2, tensors(2.5), {"step": 2}, wait=True)
     new.close()
     assert_holds(tmp_path, 2, tensors(2.5))
-
-
-def test_starting_again_leaves_the_folder_of_the_copy_that_owns_the_run_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(monkeypatch)
-    with open_writer(tmp_path) as writer:
-        writer.save(1, tensors(1.0), {"step": 1})
-        assert held.begun.wait(30)
-        (unfinished,) = (tmp_path / "checkpoints").glob(".unfinished-*")
-        assert unfinished.name.endswith(f".{writer.lease.token}")
-        checkpoint.remove_unfinished(tmp_path / "checkpoints", writer.lease.token)
-        assert unfinished.is_dir()
-        held.go.set()
-    assert_holds(tmp_path, 1, tensors(1.0))
 
 
 def test_the_owner_of_a_run_says_where_and_when_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

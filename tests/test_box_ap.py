@@ -303,7 +303,7 @@ def test_pictures_show_boxes_where_they_are() -> None:
         ({"boxes": [np.array([[5, np.nan, 7, 9]], np.float32)]}, "not finite"),
         ({"boxes": [np.zeros((2, 4), np.float32)]}, "came with 1 labels"),
         ({"labels": [np.array([2])]}, r"out of range, expected 0\.\.1"),
-        ({"crowd": []}, "1 images came with crowd flags of 0"),
+        ({"crowd": []}, "1 images came with crowd of 0"),
     ],
 )
 def test_boxes_that_cannot_be_are_named(change: dict, message: str) -> None:

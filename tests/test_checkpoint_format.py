@@ -81,10 +81,9 @@ def test_an_unfinished_checkpoint_is_never_taken_for_one_and_is_removed(tmp_path
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"torn")
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_0000001"
-    own = tmp_path / ".unfinished-step_0000002.abcd"
-    own.mkdir()
-    checkpoint.remove_unfinished(tmp_path, "abcd")
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [own.name, "last", "step_0000001"]
+    (tmp_path / ".unfinished-step_0000002.abcd").mkdir()
+    checkpoint.remove_unfinished(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["last", "step_0000001"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     out = tmp_path / "run"
     for options, message in (
         ({"distill_size": 44}, "distill_size=44: expected a multiple of the patch size 8"),
-        ({"model__in_channels": 1, "distill_size": None}, "takes 3 channels, a crop has 1"),
+        ({"model__in_channels": 1, "distill_size": None}, "a network of 1 channels, as crops have; it takes 3"),
         ({"distill": None}, "distill: missing"),
     ):
         with pytest.raises(UserError, match=message):

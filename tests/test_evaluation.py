@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from small_runs import tiny_model, write_run
 
 import dinoreg
 from dinoreg.commands.main import main
+from dinoreg.config.bundled import bundled
 from dinoreg.evaluation.benchmark import benchmarks, find_benchmark
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -286,7 +289,7 @@ def test_all_over_an_empty_root_says_what_is_expected_where(tmp_path: Path, caps
         (line,) = [each for each in lines if each.startswith(f"dinoreg: {name}: ")]
         assert "missing" in line
         assert "comes from" in line
-    assert len(lines) == len(benchmarks()) + 1
+    assert len(lines) == len(benchmarks())
 
 
 def test_all_measures_what_is_there_and_lists_what_is_not(
@@ -328,6 +331,14 @@ def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_
     (tmp_path / "torn.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match=r"torn\.py: cannot be loaded \(ModuleNotFoundError"):
         find_benchmark(str(tmp_path / "torn.py"))
+
+
+def test_a_declaration_is_a_script_too(tmp_path: Path) -> None:
+    script = [sys.executable, str(bundled("eval") / "pets.py"), "weights=random:vitt14_reg4", "image_size=30"]
+    done = subprocess.run([*script, f"root={tmp_path}"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pets: " in done.stderr
+    assert "is missing; it comes from images.tar.gz" in done.stderr
 
 
 def test_a_folder_here_does_not_take_the_name_of_a_shipped_dataset(

@@ -291,7 +291,7 @@ def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for out, said in (("full", "not empty"), ("file", "there is a file of this name")):
+    for out, said in (("full", "not empty"), ("file", "is a file, expected a folder")):
         assert main(["export", f"weights={run}", "format=meta", f"out={tmp_path / out}"]) == 2
         assert said in one_line(capsys)
     assert (tmp_path / "full" / "note.txt").read_text() == (tmp_path / "file").read_text() == "mine"

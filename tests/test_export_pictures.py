@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.export import certificate
+from dinoreg.export.certificate import MAX_LEVELS, MIN_COSINE
 from dinoreg.export.formats import FORMATS
-from dinoreg.export.source import MAX_LEVELS, MIN_COSINE, Source, write_pictures
+from dinoreg.export.source import Source, write_pictures
 from dinoreg.runtime.errors import RunError
 
 SHAPES = ((48, 80), (80, 48), (17, 23), (40, 40), (31, 210), (333, 90), (40, 83))  # height, width

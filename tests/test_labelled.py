@@ -246,7 +246,6 @@ SAME = [("a.png", None, "x"), ("b.png", None, "y")]
         "Path,Label\na.png,x\nb.png,y\n\n",
         "path;label\na.png;x\nb.png;y\n",
         "path\tlabel\na.png\tx\nb.png\ty\n",
-        "sep=;\npath;label\na.png;x\nb.png;y\n",
         "filename,class\na.png,x\nb.png,y\n",
         "target,image_path\nx,a.png\ny,b.png\n",
         "img,category\n./a.png,x\n.//b.png,y\n",

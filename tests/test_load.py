@@ -144,10 +144,10 @@ def test_random_weights_have_to_be_asked_for() -> None:
         ("vits14_reg4", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"),
         ("dinov2_vitb14_reg", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
         ("dinov2_vitg14", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth"),
-        ("facebook/dinov2-small", "huggingface.co/facebook/dinov2-small "),
-        ("dinov2-with-registers-large", "huggingface.co/facebook/dinov2-with-registers-large "),
-        ("vit_base_patch14_reg4_dinov2.lvd142m", "huggingface.co/timm/vit_base_patch14_reg4_dinov2.lvd142m "),
-        ("timm/vit_giant_patch14_dinov2", "huggingface.co/timm/vit_giant_patch14_dinov2.lvd142m "),
+        ("facebook/dinov2-small", "/dinov2_vits14/dinov2_vits14_pretrain.pth "),
+        ("dinov2-with-registers-large", "/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth "),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", "/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth "),
+        ("timm/vit_giant_patch14_dinov2", "/dinov2_vitg14/dinov2_vitg14_pretrain.pth "),
     ],
 )
 def test_a_published_name_is_refused_with_the_place_of_its_weights(name: str, place: str) -> None:

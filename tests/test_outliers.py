@@ -164,18 +164,19 @@ def test_a_token_that_knows_the_class_is_told_from_one_that_does_not() -> None:
     known, unknown = (probe_token(each, labels, 3, test) for each in (knowing, ignorant))
     assert known is not None
     assert unknown is not None
-    assert known.accuracy > 0.9
-    assert unknown.accuracy < 0.5
-    assert (known.n_train, known.n_test) == (210, 90)
-    assert known.low <= known.accuracy <= known.high
+    figures = known.record()
+    assert figures["accuracy"] > 0.9
+    assert unknown.row.value < 0.5
+    assert (figures["n_train"], figures["n_test"]) == (210, 90)
+    assert figures["low"] <= figures["accuracy"] <= figures["high"]
     assert known.against(unknown)["verdict"] == "better"  # type: ignore[index]
     assert unknown.against(known)["verdict"] == "worse"  # type: ignore[index]
-    assert known.against(unknown)["difference"] == pytest.approx(known.accuracy - unknown.accuracy)  # type: ignore[index]
+    assert known.against(unknown)["difference"] == pytest.approx(known.row.value - unknown.row.value)  # type: ignore[index]
     some = probe_token(ignorant, labels, 3, test, torch.arange(300) < 250)
     assert some is not None
     assert known.against(some) is None  # of other images
     peer = LogisticRegression(max_iter=1000).fit(knowing[~test], labels[~test])
-    assert known.accuracy == pytest.approx(peer.score(knowing[test], labels[test]), abs=0.03)
+    assert known.row.value == pytest.approx(peer.score(knowing[test], labels[test]), abs=0.03)
 
 
 def test_a_probe_says_nothing_on_too_few_images_or_one_class() -> None:
@@ -190,8 +191,8 @@ def test_a_probe_says_nothing_on_too_few_images_or_one_class() -> None:
 def test_replacements_are_what_they_say() -> None:
     contents = torch.randn(3, 8, 2, 5) * 2 + 1  # three blocks, eight images, two registers
     known = moments([contents[:, :3], contents[:, 3:]])
-    torch.testing.assert_close(known.mean, contents.mean(dim=1))
-    torch.testing.assert_close(known.std, contents.std(dim=1, correction=0))
+    torch.testing.assert_close(known[0], contents.mean(dim=1))
+    torch.testing.assert_close(known[1], contents.std(dim=1, correction=0))
     assert replacement("zero", contents, known).abs().max() == 0
     mean = replacement("mean", contents, known)
     assert mean.shape == contents.shape

@@ -23,13 +23,13 @@ from dinoreg.config.load import Config, load_config
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import (
     ALONE,
-    Place,
     Ranks,
     _check_devices,
     is_main_process,
     place_from_environment,
     session,
 )
+from dinoreg.distributed.waiting import Place
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError

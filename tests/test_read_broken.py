@@ -267,12 +267,21 @@ BROKEN: dict[str, list[Broken]] = {
         (matlab(CARS_TEST, other=np.zeros(3)), "has no variable annotations"),
     ],
     "cifar10": [
-        (batch("test_batch", labels=[0, 1]), "test_batch: labels is not a list of 4 whole numbers"),
-        (batch("test_batch", labels=[0, 1, 2, "1"]), "test_batch: labels is not a list of 4 whole numbers"),
+        (
+            batch("test_batch", labels=[0, 1]),
+            "test_batch is of another form, expected data",
+        ),
+        (
+            batch("test_batch", labels=[0, 1, 2, "1"]),
+            "test_batch is of another form, expected data",
+        ),
         (batch("test_batch", labels=[0, 1, 2, 3]), "test_batch … label 3 is out of range, expected 0..2"),
-        (batch("test_batch", labels=None), "test_batch has no entry 'labels'"),
-        (batch("test_batch", data=np.zeros((4, 3071), dtype=np.uint8)), "test_batch … expected (n, 3072) bytes"),
-        (batch("test_batch", data="text"), "test_batch: data is str, expected (n, 3072) bytes"),
+        (batch("test_batch", labels=None), "test_batch is of another form"),
+        (
+            batch("test_batch", data=np.zeros((4, 3071), dtype=np.uint8)),
+            "test_batch is of another form, expected data, (n, 3072) bytes",
+        ),
+        (batch("test_batch", data="text"), "and labels, a list of n whole numbers"),
     ],
     "coco2017": [
         (changed(TRAIN_2017, lambda v: v["annotations"][0].update(image_id=77777)), f"image 77777, {NO_INDEX}"),
@@ -380,9 +389,15 @@ BROKEN: dict[str, list[Broken]] = {
         *(
             (changed("train2018.json", change), expected)
             for change, expected in (
-                (lambda c: c["annotations"].pop(), "has no annotation"),
-                (lambda c: c["annotations"].append(dict(c["annotations"][0])), "two annotations of one image"),
-                (lambda c: c["images"][0].update(id=c["images"][1]["id"]), "two images of one id"),
+                (lambda c: c["annotations"].pop(), "expected each image once, and one annotation of each"),
+                (
+                    lambda c: c["annotations"].append(dict(c["annotations"][0])),
+                    "expected each image once, and one annotation of each",
+                ),
+                (
+                    lambda c: c["images"][0].update(id=c["images"][1]["id"]),
+                    "expected each image once, and one annotation of each",
+                ),
                 (
                     lambda c: c["annotations"][0].update(category_id=8142),
                     f"of category 8142, {NO_INDEX}",

@@ -77,8 +77,8 @@ def test_a_folder_of_bad_files_alone_is_described_too(tmp_path: Path) -> None:
     assert "bad: 1" in render_inspection(found)
 
 
-def test_a_picture_is_counted_in_parts_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_COUNTED", 7)
+def test_a_picture_is_summed_in_parts_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_SUMMED", 7)
     values = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
     found = inspect_source(tmp_path)

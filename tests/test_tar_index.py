@@ -76,7 +76,7 @@ def test_a_packed_member_is_unpacked_but_never_without_bounds(tmp_path: Path, mo
     pack(tmp_path / "a.tar", {"whole.jpg": packed, "short.jpg": packed[:-12], "damaged.jpg": damaged})
     found = source(tmp_path)
     assert found.read(0) == b"x" * 5000
-    with pytest.raises(BadImage, match="end too early"):
+    with pytest.raises(BadImage, match=r"damaged gzip data \(Compressed file ended"):
         found.read(1)
     with pytest.raises(BadImage, match="damaged gzip data"):
         found.read(2)

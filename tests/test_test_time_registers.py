@@ -113,20 +113,21 @@ def test_attention_leaves_the_outliers_for_the_register() -> None:
 def test_the_search_stops_at_the_fewest_neurons_that_clear_the_outliers() -> None:
     model = planted_vit()
     _, images, flat = prepared(model)
-    fitted = fit_test_time_register(model, [images[:3], images[3:]], [flat[:3], flat[3:]], 16.0, BLOCK)
-    assert [trial.neurons for trial in fitted.trials] == [1]
-    assert fitted.before == pytest.approx(float(flat.float().mean()))
-    assert fitted.trials[0].share == 0
-    assert fitted.trials[0].patch_cosine > 0.99
-    assert [(neuron.block, neuron.unit) for neuron in fitted.neurons] == [(BLOCK, UNIT)]
+    _, found = fit_test_time_register(model, [images[:3], images[3:]], [flat[:3], flat[3:]], 16.0, BLOCK)
+    (trial,) = found["trials"]
+    assert trial["neurons"] == 1
+    assert trial["share"] == 0
+    assert trial["patch_cosine"] > 0.99
+    assert found["before"] == pytest.approx(float(flat.float().mean()))
+    assert [(neuron["block"], neuron["unit"]) for neuron in found["neurons"]] == [(BLOCK, UNIT)]
 
 
 def test_a_search_that_fails_keeps_its_best_and_shows_all_it_tried() -> None:
     model = planted_vit()
     _, images, flat = prepared(model)
-    fitted = fit_test_time_register(model, [images], [flat], 16.0, 0, counts=(1, 3))  # too early a block
-    assert [trial.neurons for trial in fitted.trials] == [1, 3]
-    assert min(trial.share for trial in fitted.trials) > 0.5 * fitted.before
+    _, found = fit_test_time_register(model, [images], [flat], 16.0, 0, counts=(1, 3))  # too early a block
+    assert [trial["neurons"] for trial in found["trials"]] == [1, 3]
+    assert min(trial["share"] for trial in found["trials"]) > 0.5 * found["before"]
 
 
 def test_what_cannot_be_done_is_refused_in_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,12 +15,13 @@ from dinoreg.data.loader import Batch
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.models.vit import RegisterViT
+from dinoreg.reports import html
 from dinoreg.reports.html import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
 from dinoreg.visualize.crops import TILE, crop_sheet, hide
 from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
-from dinoreg.visualize.subject import read_pictures, view_size
+from dinoreg.visualize.subject import picture_size, read_pictures
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -150,9 +152,9 @@ def test_a_sheet_makes_room_for_short_rows() -> None:
 
 
 def test_pictures_are_a_whole_multiple_of_the_training_size_when_that_is_small() -> None:
-    assert view_size(48, 8) == 144  # 18 patches a side
-    assert view_size(224, 14) == 224
-    assert view_size(518, 14) == 518
+    for side, patch, shown in ((48, 8, 144), (224, 14, 224), (518, 14, 518)):  # 18 patches a side, and enough
+        model = RegisterViT(image_size=side, patch_size=patch, dim=6, depth=1, heads=1)
+        assert picture_size(model) == (shown, shown)
 
 
 def test_images_are_taken_from_all_over_a_source() -> None:
@@ -160,6 +162,12 @@ def test_images_are_taken_from_all_over_a_source() -> None:
     found = read_pictures(subject, "scenes:count=100,size=16", 4, (8, 8))
     assert found.names == ("scenes:12", "scenes:37", "scenes:62", "scenes:87")
     assert found.images.shape == (4, 3, 8, 8)
+
+
+def test_eight_images_are_shown_or_as_many_as_are_named() -> None:
+    subject = Opened(NativeEncoder(tiny_model(), "tiny", {"mean": MEAN, "std": STD}))
+    for spec, count in (("scenes:count=20,size=16", 8), ([f"scenes:count=1,size=16,seed={i}" for i in range(11)], 11)):
+        assert len(read_pictures(subject, spec, None, (8, 8)).names) == count
 
 
 def test_a_chart_is_the_same_svg_every_time_and_needs_nothing_from_outside() -> None:
@@ -199,6 +207,15 @@ def test_names_in_a_legend_may_hold_anything() -> None:
     svg = draw_chart(Chart("c", lines=[Line(name, [1, 2], [1.0, 2.0]) for name in names]))
     text = "".join(ElementTree.fromstring(svg).itertext())
     assert all(shown in text for shown in ("$\\frac{1", "_hidden", "<b>&", "tabhere", "long long"))
+
+
+def test_a_picture_that_is_too_long_for_webp_is_shown_all_the_same(tmp_path: Path) -> None:
+    for height, kind in ((16_383, "webp"), (16_384, "png")):
+        Image.new("RGBA", (3, height), "red").save(tmp_path / "long.png")
+        shown = html.picture(tmp_path / "long.png", "long")
+        assert shown is not None
+        assert shown.source.startswith(f"data:image/{kind};")
+        assert shown.width == 3
 
 
 def test_long_curves_are_thinned_to_averages() -> None:

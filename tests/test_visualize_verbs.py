@@ -21,7 +21,7 @@ from dinoreg.commands.main import main
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
+from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_layers, overlay
 from dinoreg.visualize.gallery import GAP
 from dinoreg.visualize.norms import TokenNorms, summary, token_norms
 from dinoreg.visualize.pca import foreground_mask, otsu_threshold, patch_basis, patch_colours
@@ -87,12 +87,10 @@ def test_a_budget_says_where_a_token_looks_and_over_how_many_patches() -> None:
     assert second == pytest.approx((0.0, 0.0, 1.0, 2.5))
 
 
-def test_layers_and_heads_are_chosen_by_number_or_all() -> None:
+def test_layers_are_chosen_by_number_or_all() -> None:
     assert chosen_layers("-1", 3) == [2]
     assert chosen_layers("[2, 0,-1]", 3) == [0, 2]
     assert chosen_layers("all", 3) == [0, 1, 2]
-    assert chosen_heads("all", 3) == chosen_heads("mean", 3) == [0, 1, 2]
-    assert chosen_heads("2", 3) == [2]
 
 
 def test_an_overlay_lights_what_is_attended_to_and_greys_the_rest() -> None:
@@ -421,7 +419,7 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         (["attention", "weights=run", "images=torn.jpg"], "images: none of 1 could be read; the first:"),
         (["attention", "weights=run", "layer=3"], "layer=3: the model has 3 blocks"),
         (["attention", "weights=run", "layer=last"], "layer=last: expected the index of a block"),
-        (["attention", "weights=run", "head=3"], "head=3: expected all, mean or a number from 0 to 2"),
+        (["attention", "weights=run", "head=3"], "head=3: expected all or mean"),
         (["attention", "weights=run", "size=30"], "size=30: expected a multiple of the patch size 8, as 24 or 32"),
         (["attention", "weights=run", "size=[32,0]"], "size=0: expected a multiple"),
         (["attention", "weights=run", "size=big"], "size=big: expected a whole number or 2 numbers"),

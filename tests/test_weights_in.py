@@ -76,7 +76,6 @@ def test_a_timm_file_answers_as_timm_does(tmp_path: Path, ffn: str, registers: i
     assert (loaded.model.num_registers, loaded.model.ffn) == (registers, ffn)
     assert_equal_at_all_sizes(loaded.model, theirs.forward_features)
     assert loaded.weights.source == "timm"
-    assert loaded.positions == "positions are resampled bicubic, antialiased, to the size, as timm does"
     assert loaded.fresh == ("mask_token",)
     torched = load_reported(tmp_path / "timm.pth")
     assert torched.weights.left_out == ("epoch",)
@@ -90,8 +89,6 @@ def test_a_transformers_folder_answers_as_transformers_does(tmp_path: Path, ffn:
     loaded = load_reported(tmp_path)
     assert (loaded.model.num_registers, loaded.model.ffn, loaded.model.heads) == (registers, ffn, 2)
     assert_equal_at_all_sizes(loaded.model, lambda images: theirs(images).last_hidden_state)
-    how = "antialiased" if registers else "not antialiased"
-    assert loaded.positions == f"positions are resampled bicubic, {how}, to the size, as transformers does"
     assert (loaded.fresh, loaded.weights.left_out) == ((), ())
     assert len(loaded.loaded) == len(loaded.model.state_dict())
     again = load(tmp_path / "model.safetensors")  # the file in it means the same
@@ -119,8 +116,6 @@ def test_a_meta_file_without_registers_resamples_as_meta_does_and_the_three_libr
     state = theirs.state_dict()
     torch.save(state | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2_vits14_pretrain.pth")
     loaded = load_reported(tmp_path / "dinov2_vits14_pretrain.pth")
-    words = "positions are resampled bicubic, not antialiased, by a factor with offset 0.1, as Meta does"
-    assert loaded.positions == words
     for height, width in SIZES:
         images = torch.randn(1, 3, height, width)
         rows, columns = height // 14, width // 14
@@ -424,10 +419,6 @@ def test_a_run_starts_from_any_library_with_its_own_registers_channels_and_size(
         "pos_embed: 4x4 -> 2x2",
         "register_tokens: 4 fresh registers",
         "patch_embed.proj.weight: 3 -> 5 channels (zero)",
-    )
-    assert report.positions == (
-        "positions are resampled bicubic, antialiased, to the size, as the model says; "
-        "transformers: bicubic, not antialiased, to the size"
     )
     plain = RegisterViT(image_size=28, dim=64, depth=2, heads=2, num_registers=0, layerscale=1.0)
     load_into(plain, tmp_path)

@@ -129,8 +129,6 @@ class Writer(AbstractContextManager):
     describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
     timeout           seconds after which a process that does not answer counts as lost
     ranks             the processes that write together
-    stall             seconds that training waited in the last `save`: for the one before it, and for the copy
-    write_time        seconds from the copy of the last checkpoint to its publication; None before the first
     saved             step of the last published checkpoint; None before the first
     """
 
@@ -140,8 +138,7 @@ class Writer(AbstractContextManager):
         self.run, self.options, self.describe_teacher = run, options, describe_teacher
         self.timeout, self.ranks, self.lease = timeout, ranks, acquire(run, ranks)
         self._writers = ALONE if ranks.world_size == 1 else Ranks.of_default_group(timeout)
-        self.stall = self._stall_unread = 0.0
-        self.write_time: float | None = None
+        self._stall = 0.0
         self.saved: int | None = None
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
@@ -180,8 +177,7 @@ class Writer(AbstractContextManager):
                 self._settle(self.options.max_failures)
         if wait:
             self.wait()
-        self.stall = time.perf_counter() - started
-        self._stall_unread += self.stall
+        self._stall += time.perf_counter() - started
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, if any; RunError when it failed. Called by all processes."""
@@ -196,8 +192,8 @@ class Writer(AbstractContextManager):
         return _take(self._published)
 
     def read_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since the last call."""
-        seconds, self._stall_unread = self._stall_unread, 0.0
+        """Seconds that training has waited in `save` since the last call: for the one before it, and for the copy."""
+        seconds, self._stall = self._stall, 0.0
         return seconds
 
     def close(self) -> None:
@@ -215,7 +211,6 @@ class Writer(AbstractContextManager):
     # What follows the call of `save`, in the thread
 
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        started = time.perf_counter()
         retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
         writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
         try:
@@ -230,7 +225,6 @@ class Writer(AbstractContextManager):
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
                 self._reports.append(Failure(step, str(error), remedy(error, self.run)))
         else:
-            self.write_time = time.perf_counter() - started
             self.saved = step
             self._published.append(step)
             self._failures = 0
@@ -249,18 +243,11 @@ class Writer(AbstractContextManager):
     # What happens where all processes are together
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that this process writes: all DTensors, and its share, by bytes, of the replicated tensors."""
-        if self.ranks.world_size == 1:
-            return tensors
+        """The tensors that this process writes: all DTensors, and a share of the replicated ones."""
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
-        load = [0] * self.ranks.world_size
-        own = set()
-        for name in sorted(plain, key=lambda name: (-tensors[name].nbytes, name)):
-            writer = load.index(min(load))
-            load[writer] += tensors[name].nbytes
-            if writer == self.ranks.rank:
-                own.add(name)
-        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor) or name in own}
+        plain.sort(key=lambda name: (tensors[name].nbytes, name))
+        others = set(plain) - set(plain[self.ranks.rank :: self.ranks.world_size])
+        return {name: tensor for name, tensor in tensors.items() if name not in others}
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A copy in CPU memory (pinned next to a CUDA device) that is used again for every save."""

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,8 +68,9 @@ def write_picture(path: Path, image: Any) -> None:
 
 
 def share(path: Path) -> None:
-    """Let whoever reads a file's folder read the file, too: safetensors lets its owner alone. OSError if it cannot."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    """Let whoever reads a file's folder read the file, too, where possible: safetensors lets its owner alone."""
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def part_name(path: Path, token: str = "") -> Path:
@@ -109,17 +109,13 @@ def reason(error: BaseException) -> str:
 
 def remedy(error: BaseException, run: Path) -> str:
     """One sentence on what to do about a checkpoint in the run folder `run` that could not be written."""
-    first = cause(error)
-    number = first.errno if isinstance(first, OSError) else None
-    if number == errno.ENOSPC:
-        free = shutil.disk_usage(run).free / 2**30
-        return f"Make room on the disk of {run} ({free:.1f} GiB are free), or lower checkpoint.keep."
-    if number == errno.EDQUOT:
-        return f"The quota on the disk of {run} is used up: make room there, or lower checkpoint.keep."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"Give this user the right to write to {run} again."
-    if number == errno.EROFS:
-        return f"The disk of {run} can only be read: have it mounted for writing (it may have been found faulty)."
-    if number in (errno.EIO, errno.ESTALE):
-        return f"The storage under {run} fails: have it looked at before more is written there."
-    return "None needed if the next one is written."
+    right = f"Give this user the right to write to {run} again."
+    broken = f"The storage under {run} fails: have it looked at before more is written there."
+    known = {
+        errno.ENOSPC: f"Make room on the disk of {run}, or lower checkpoint.keep.",
+        errno.EDQUOT: f"The quota on the disk of {run} is used up: make room there, or lower checkpoint.keep.",
+        **dict.fromkeys((errno.EACCES, errno.EPERM), right),
+        errno.EROFS: f"The disk of {run} can only be read: have it mounted for writing.",
+        **dict.fromkeys((errno.EIO, errno.ESTALE), broken),
+    }
+    return known.get(getattr(cause(error), "errno", 0), "None needed if the next one is written.")

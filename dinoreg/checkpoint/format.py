@@ -104,8 +104,8 @@ def save(
         on_main(ranks, lambda: _begin(aside))
         _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
-        state = _by_part(flatten(tensors))
         alone = ranks.world_size == 1
+        state = flatten(tensors)
         dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=ranks.control, no_dist=alone)
         parts = on_all_ranks(ranks, lambda: _own_files(aside, ranks.rank))
         on_main(ranks, publish)
@@ -190,11 +190,10 @@ def _ignore_expected_warnings() -> None:
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
-def remove_unfinished(folder: Path, token: str = "") -> None:
-    """Remove the unfinished folders of killed writers, but not those of the writer with this token."""
+def remove_unfinished(folder: Path) -> None:
+    """Remove the unfinished folders of killed writers."""
     for path in folder.glob(f"{_UNFINISHED}*"):
-        if not token or not path.name.endswith(f".{token}"):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _of_steps(names: Iterable[str]) -> list[str]:
@@ -356,18 +355,6 @@ def flatten(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in json_files.flatten(tensors).items() if isinstance(value, Tensor)}
 
 
-def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """The same tensors in two levels, {"student": {…}, …}: DCP is slow for many entries in the first level."""
-    parts: dict[str, Any] = {}
-    for name, tensor in flat.items():
-        part, _, rest = name.partition(".")
-        if rest:
-            parts.setdefault(part, {})[rest] = tensor
-        else:
-            parts[part] = tensor
-    return parts
-
-
 # --------------------------------------------------------------------------------------------------------------
 # The plain teacher file
 
@@ -398,8 +385,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
     """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
-        with suppress(OSError):
-            share(aside)
+        share(aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
         # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)

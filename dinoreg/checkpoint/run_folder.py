@@ -1,6 +1,6 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
-`Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights;
+`Run` has all data that reports and model cards show; `run_of` finds the run of some weights;
 `RunState` says how it stands: finished, running, stopped, failed, or ended without a word.
 """
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.environment import is_alive
-from dinoreg.runtime.json_files import STEP_NAME, flatten, is_number, number, read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import is_number, newest_teacher, number, read_json, read_json_lines, read_text, step_in
 
 # That dinov2 does not have.
 OWN_LOSSES = ("diet_loss", "anchor_loss", "gram_loss", "paka_loss", "distill_cls_loss", "distill_patch_loss")
@@ -77,16 +77,9 @@ class Run:
         self.config = _yaml(self.config_text)
         self.environment = read_json(path / "environment.json")
         self.status = read_json(path / "status.json")
-        weights = [number(flatten(self.config).get(f"loss.{name}_weight", 1.0)) for name in ("dino", "ibot")]
-        lines = read_json_lines(path / "metrics.jsonl")  # older ones have losses as optimised under dinov2's names
-        for line in lines:
-            if "total_loss" in line and "loss" not in line:
-                line.update(logged_losses(line, *weights))
-        self.metrics = by_step(lines)
+        self.metrics = by_step(read_json_lines(path / "metrics.jsonl"))
         self.probe = by_step(read_json_lines(path / "probe.jsonl"))
-        extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")
-        self.events += [event for event in extra if "name" in event and "message" in event]
         self.skipped = read_json_lines(path / "skipped.jsonl")
         self.probes = _probes(path / "eval")
         self.pictures = _pictures(path / "view")
@@ -145,26 +138,10 @@ def line_at(lines: Sequence[Mapping[str, Any]], step: int | None) -> Mapping[str
     return next((line for line in reversed(lines) if step is None or line["step"] <= step), {})
 
 
-def newest_teacher(run: Path) -> Path | None:
-    """The teacher file of the highest step of a run folder; None without one."""
-    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: step_in(path.stem) or 0)
-
-
-def teacher_step(path: Path) -> int | None:
-    """The step in the name of a teacher file; None for other files."""
-    return step_in(path.stem)
-
-
-def step_in(name: str) -> int | None:
-    """The step in the name of a checkpoint; None for other names."""
-    match = STEP_NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
 def run_of(weights: str | Path) -> Path | None:
     """The run folder of `weights`, a run folder or one of its teacher files; None for anything else."""
     path = Path(weights)
-    is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
+    is_teacher = path.parent.name == "teacher" and step_in(path.stem) is not None
     run = path.parent.parent if is_teacher else path
     return run if (run / "config.yaml").is_file() else None
 

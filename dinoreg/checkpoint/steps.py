@@ -31,26 +31,16 @@ def which_steps(run: Path) -> str:
     last, best = pointed_step(run, "last"), pointed_step(run, "best")
     if last is None:
         return f"weights={run}: nothing was saved yet"
-    told = {line["step"]: _interval(line, "knn_top1") for line in probed if is_number(line.get("knn_top1"))}
-    shown = {step: f", k-NN {text}" for step, text in told.items()}
-    metric = read_json(run / PROBED).get("metric", "knn_top1")
-    if metric in DENSE:
+    if read_json(run / PROBED).get("metric") in DENSE:
         shown = {line["step"]: f", {dense_in_words(line)}" for line in probed}
+    else:
+        known = (line for line in probed if is_number(line.get("knn_top1")))
+        shown = {line["step"]: f", k-NN {_interval(line, 'knn_top1')}" for line in known}
     text = f"weights={run} means step {last:,} (last{shown.get(last, '')})"
-    if best is not None and best != last:
-        text += f"; weights={run}/best step {best:,}{shown.get(best, '')}"
-    elif best is not None:
-        text += f"; weights={run}/best is the same"
-    by_accuracy = metric == "knn_top1"
-    highest = max((line for line in probed if line["step"] in told), key=lambda line: line["knn_top1"], default={})
-    step = highest.get("step")
-    if best is None and (not step or not by_accuracy):
+    if best is None:
         return f"{text}; no step is the best" + (": none was better than the start" if shown else "")
-    if by_accuracy and step not in (None, best):
-        kept = "there is no best" if best is None else "best stays"
-        than = "than the start" if best is None else "than that"
-        text += f"; the highest k-NN, {told[step]} at step {step:,}, is not better {than} by its interval: {kept}"
-    return text
+    same = "is the same" if best == last else f"step {best:,}{shown.get(best, '')}"
+    return f"{text}; weights={run}/best {same}"
 
 
 def probe_in_words(line: Mapping[str, Any]) -> str:

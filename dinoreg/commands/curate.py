@@ -59,7 +59,7 @@ def curate(features: str | Path, out: str | Path, **options: Any) -> Curation:
               only opened, for the page, where `root` names what they lie below
     raises    UserError (a ValueError) for wrong options or features, before anything is written
     """
-    given, gallery = CurateOptions(str(features), str(out), **options), Gallery("curation", Path(out))
+    given, gallery = CurateOptions(str(features), str(out), **options), Gallery("curation", Path(out), {})
     path = Path(given.features)
     if path.suffix not in SUFFIXES or not path.is_file():
         raise UserError(f"features={path}: expected a file that embed wrote, {' or '.join(SUFFIXES)}")

@@ -162,7 +162,7 @@ class AttentionOptions(ViewOptions):
     """The blocks and heads of `dinoreg view attention`."""
 
     layer: str = option("-1", "blocks, as 11 or 0,5,11 or all; -1 is the last")
-    head: str = option("all", "all (the mean and each) | mean | a number from 0")
+    head: str = option("all", "all: the mean and each", choices=("all", "mean"))
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,12 @@ def _report(options: RegistersOptions) -> RegisterReport:
         pictures = Pictures(pictures.images.flatten(0, 1).unsqueeze(1), None, 0, None, f"{pictures.source}, by channel")
     measured: list[Measured] = []
     for encoder in encoders_of(subjects):
-        first = _measure(encoder, pictures, options.seed)
+        first = measure(encoder, pictures, options.seed)
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
             print_status(f"{encoder.name}: looking for register neurons")
             changed, first.record["test_time"] = fit(encoder, pictures, first.norms)
-            measured.append(_measure(changed, pictures, options.seed))
+            measured.append(measure(changed, pictures, options.seed))
     shown = to_unit(pictures.images[:SHOWN])
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)
@@ -173,7 +173,3 @@ def encoders_of(subjects: Sequence[Opened]) -> list[NativeEncoder]:
         name = name if seen[name] == 1 else f"{name} ({seen[name]})"
         encoders.append(NativeEncoder(own.module, name, own.preprocessing, own.device))
     return encoders
-
-
-def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:
-    return measure(encoder, pictures, seed, lambda line: print_status(f"{encoder.name}: {line}"))

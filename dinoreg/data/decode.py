@@ -34,7 +34,6 @@ MAX_PIXELS = 200_000_000  # Pillow refuses more than 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _LARGE = 1 << 25  # pixels
 _one_large = threading.Lock()
-_CHECKED = 1 << 18  # bytes at either end and in the middle of a large file that tell it from others
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
@@ -42,6 +41,7 @@ _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read|Image size", module=r"PIL\.")
 
 
+@cache
 def _load_image_operators() -> None:
     """Load torchvision's image operators without torchvision, whose models take as long to import as torch itself."""
     import torch
@@ -127,15 +127,9 @@ class EncodedImage:
         check_size(self.height, self.width, max_pixels, min_side)
 
     def checksum(self) -> int:
-        """A number in 0 to 2**63 - 1 that equal files have in common; a large one is judged by parts of it."""
+        """A number in 0 to 2**63 - 1 that equal files have in common."""
         data = self._data or (b"" if self.raw is None else self.raw.values.tobytes())
-        middle = len(data) // 2
-        whole = len(data) <= 3 * _CHECKED
-        parts = [data] if whole else [data[:_CHECKED], data[middle : middle + _CHECKED], data[-_CHECKED:]]
-        checksum = 0
-        for part in parts:
-            checksum = zlib.crc32(part, checksum)
-        return (len(data) % 2**31) << 32 | checksum
+        return (len(data) % 2**31) << 32 | zlib.crc32(data)
 
     def pixels(self, reduction: int = 1) -> Tensor:
         """Decode. Returns (in_channels, h, w), channels innermost in memory; BadImage when it fails.
@@ -188,28 +182,24 @@ class EncodedImage:
     def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG."""
         with _damage_named():
-            if scientific.is_deep_png(self._data):
-                self._check_header(max_pixels)
-                _jpeg_operator()  # which comes with that of PNG
-                raw = scientific.read_deep_png(self._data)
-            elif scientific.is_dicom(self._data):
+            if scientific.is_dicom(self._data):
                 self.format = "DICOM"
                 raw = scientific.read_dicom(self._data, max_pixels)
             elif scientific.is_tiff(self._data) and self._is_scientific(max_pixels):
                 self.format = "TIFF"
                 raw, self._orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
             else:
-                return self._read_with_pillow(max_pixels)
+                with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
+                    self.format = str(image.format)
+                    check_size(image.height, image.width, max_pixels)
+                    if not scientific.is_deep_png(self._data):
+                        return self._read_with_pillow(image)
+                _load_image_operators()
+                raw = scientific.read_deep_png(self._data)
         if raw.values.dtype.kind not in "buif":
             raise BadImage(f"{raw.values.dtype} values, expected real numbers")
         self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
         return raw
-
-    def _check_header(self, max_pixels: int) -> None:
-        """Refuse what is too large before it is decoded, by Pillow's reading of the header."""
-        with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
-            self.format = str(image.format)
-            check_size(image.height, image.width, max_pixels)
 
     def _is_scientific(self, max_pixels: int) -> bool:
         """Whether a TIFF is not for Pillow: more than eight bits, bands, or pages that are channels."""
@@ -228,21 +218,19 @@ class EncodedImage:
         except Exception:
             return True  # tifffile may know it
 
-    def _read_with_pillow(self, max_pixels: int) -> RawPixels:
-        with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
-            self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
-            check_size(image.height, image.width, max_pixels)
-            orientation = _orientation(image)
-            if image.format == "TIFF":  # which Pillow turns itself while it loads
-                self._turned = orientation
-            else:
-                self._orientation = orientation
-            if not image.mode.startswith("I"):
-                return RawPixels(_rgb_or_bands(image, self.in_channels))
-            image.load()
-            self.mode = "uint16 x 1"
-            values = np.asarray(image)[:, :, None].astype(np.uint16)
-            return RawPixels(values, white_is_zero=scientific.white_is_zero(image))
+    def _read_with_pillow(self, image: Image.Image) -> RawPixels:
+        self.mode, self.pages = image.mode, getattr(image, "n_frames", 1)
+        orientation = _orientation(image)
+        if image.format == "TIFF":  # which Pillow turns itself while it loads
+            self._turned = orientation
+        else:
+            self._orientation = orientation
+        if not image.mode.startswith("I"):
+            return RawPixels(_rgb_or_bands(image, self.in_channels))
+        image.load()
+        self.mode = "uint16 x 1"
+        values = np.asarray(image)[:, :, None].astype(np.uint16)
+        return RawPixels(values, white_is_zero=scientific.white_is_zero(image))
 
     def _scaled(self, raw: RawPixels) -> Tensor:
         return _from_array(to_byte_scale(raw, self.value_range), self.in_channels)

@@ -29,7 +29,7 @@ _VALUES = 10_000  # of a picture of more than eight bits, looked at
 LOOKED_AT = 16  # pictures that are looked at before any work is done
 FEW_IMAGES = 10_000  # below which public weights are the better start
 LARGE = 4_000_000  # pixels of a picture that takes longer to read than a step has
-_COUNTED = 1 << 20  # pixels that are counted at once, as numpy counts a copy of eight times the size
+_SUMMED = 1 << 20  # pixels that are summed at once, in double precision
 _MEASURED = 200  # pictures that a normalisation is measured on
 _OUTSIDE, _LITTLE = 0.01, 0.1  # shares of values beyond the range, and of the range in use, that are worth a warning
 _BITS_APART = 4  # between pictures of different ranges: 8 bits against 12, 12 against 16
@@ -223,15 +223,9 @@ def _measure(image: dict[str, Any], encoded: EncodedImage) -> None:
     if raw is not None and is_scaled(raw.values.dtype, value_range) and not windowed:
         low, high = limits(raw, value_range, missing_values(raw.values, raw.nodata))
         image["places"] = ((sampled - low) / (np.asarray(high, dtype=np.float64) - low))[np.isfinite(sampled)]
-    parts = [pixels[first : first + _COUNTED] for first in range(0, len(pixels), _COUNTED)]
-    if pixels.dtype == np.uint8:
-        # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
-        counts = [[np.bincount(channel, minlength=256) for channel in part.T] for part in parts]
-        shares, levels = np.sum(counts, axis=0) / len(pixels), np.arange(256) / 255
-        image |= {"mean": shares @ levels, "mean_square": shares @ levels**2}
-    else:
-        sums = [(part.sum(0), (part**2).sum(0)) for part in (each / np.float64(255) for each in parts)]
-        image["mean"], image["mean_square"] = np.sum(sums, axis=0) / len(pixels)
+    parts = [pixels[first : first + _SUMMED] for first in range(0, len(pixels), _SUMMED)]
+    sums = [(part.sum(0), (part**2).sum(0)) for part in (each / np.float64(255) for each in parts)]
+    image["mean"], image["mean_square"] = np.sum(sums, axis=0) / len(pixels)
 
 
 def _mean_and_std(good: Sequence[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -170,9 +170,10 @@ def open_table(file: str | os.PathLike[str], title: str, root: str) -> Table:
         first = next((row[0] for _, row in _lines(file, title, "")), "")
         labelled = _LABELLED_LINE.fullmatch(first) and not os.path.exists(os.path.join(root, first))
         return Table(file, title, ("path", "label") if labelled else ("path",))
-    delimiter, skipped = _delimiter(file, title, "\t" if suffix == ".tsv" else ",")
-    notes = [] if delimiter == ("\t" if suffix == ".tsv" else ",") else [f"cells are parted by {_NAMES[delimiter]}"]
-    number, names = next((row for row in _lines(file, title, delimiter) if row[0] > skipped), (0, []))
+    usual = "\t" if suffix == ".tsv" else ","
+    delimiter = _delimiter(file, title, usual)
+    notes = [] if delimiter == usual else [f"cells are parted by {_NAMES[delimiter]}"]
+    number, names = next(_lines(file, title, delimiter), (0, []))
     if not names:
         raise UserError(f"{title} lists no images")
     pictures = [place for place, cell in enumerate(names) if _names_picture(cell) or _is_file(root, cell)]
@@ -180,7 +181,7 @@ def open_table(file: str | os.PathLike[str], title: str, root: str) -> Table:
         return Table(file, title, _distinct(names, title), "line", delimiter, number, tuple(notes))
     roles = _without_names(names, pictures[0])
     notes.append(f"its first line names a picture, so that its columns are taken as {', '.join(roles)}")
-    return Table(file, title, roles, "line", delimiter, skipped, tuple(notes))
+    return Table(file, title, roles, "line", delimiter, notes=tuple(notes))
 
 
 def may_tell(name: str, columns: Columns) -> bool:
@@ -250,17 +251,12 @@ def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[st
                 yield rows.line_num, cells
 
 
-def _delimiter(file: str, title: str, usual: str) -> tuple[str, int]:
-    """What parts the cells, by the first line that is not empty, and how many lines come before the names.
-
-    Spreadsheets write `sep=;` in front of them.
-    """
-    number, (line,) = next(_lines(file, title, ""), (0, [""]))
-    if declared := re.fullmatch(r'"?sep=(.)"?', line):
-        return declared[1], number
+def _delimiter(file: str, title: str, usual: str) -> str:
+    """What parts the cells, by the first line that is not empty."""
+    _, (line,) = next(_lines(file, title, ""), (0, [""]))
     bare = re.sub(r'"[^"]*"', "", line)
     others = sorted((each for each in _DELIMITERS if each in bare), key=bare.count)
-    return (usual if usual in bare or not others else others[-1]), 0
+    return usual if usual in bare or not others else others[-1]
 
 
 def _path_and_label(line: str, where: str) -> list[str]:

@@ -9,7 +9,9 @@ that the seed alone says, and a stopped run goes on to the bit, on any number of
 the headers, once, and of shards at a URL of the whole shards.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -220,13 +222,11 @@ def _walked(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
 
 def _unpack(data: bytes) -> bytes:
     """What a gzip member holds; never more than MAX_BYTES of it."""
-    engine = zlib.decompressobj(wbits=31)
     try:
-        unpacked = engine.decompress(data, MAX_BYTES)
-    except zlib.error as error:
+        with gzip.open(io.BytesIO(data)) as file:
+            unpacked = file.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise BadImage(f"damaged gzip data ({error})") from None
-    if engine.unconsumed_tail:
+    if len(unpacked) > MAX_BYTES:
         raise BadImage(f"unpacks to more than the limit of {MAX_BYTES} bytes")
-    if not engine.eof:
-        raise BadImage("its gzip data end too early")
     return unpacked

@@ -120,11 +120,7 @@ class Ranks:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's small picklable value, on every rank: for decisions that depend on a clock or on one machine."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        return self.gather_objects(value)[0]
 
     def maximum(self, value: int, meanwhile: Callable[[], None] = lambda: None) -> int:
         """The maximum of an integer over all processes; `meanwhile` is called now and then until all have given theirs.

@@ -54,15 +54,16 @@ class Meetings:
         serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         keys = [f"{prefix}-{rank}" for rank in range(place.world_size)]
         until, say = time.monotonic() + timeout, time.monotonic() + FIRST_SECONDS
-        where, options = (place.address, place.port), {"wait_for_workers": False, "multi_tenant": True}
+        where = place.address, place.port
         while True:
             with suppress(OSError):
                 if self.store is None:
                     if not serves:  # refused at once, where the store tries on and on
                         socket.create_connection(where, timeout=3.0).close()
-                    self.store = dist.TCPStore(*where, None, serves, timedelta(seconds=timeout), **options)
+                    self.store = dist.TCPStore(*where, is_master=serves, wait_for_workers=False, multi_tenant=True)
                 self.store.set(keys[place.rank], "")
                 if self.store.check(keys):
+                    self.store.set_timeout(timedelta(seconds=timeout))
                     return dist.PrefixStore(prefix, self.store)
             now = time.monotonic()
             if now >= min(until, say):
@@ -70,7 +71,7 @@ class Meetings:
                 here |= {place.rank}
                 missing = listed((rank for rank in range(place.world_size) if rank not in here), 8)
                 if now >= until:
-                    raise TimeoutError(f"missing: {missing}")
+                    raise TimeoutError(f"missing: rank {missing}")
                 if min(here) == place.rank:
                     what = f"rank {place.rank} of {place.world_size} waits for rank {missing}"
                     at = "" if 0 in here else f" at {place.address}:{place.port}"

@@ -5,6 +5,8 @@ The library finds declarations by name or path and never imports them as package
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from functools import lru_cache
@@ -22,23 +24,21 @@ if TYPE_CHECKING:
     from dinoreg.evaluation.data import Data
 
 # protocol: (MODULE:FUNCTION, title); a function is `(measured: Measurement) -> list[Row]`.
-PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "linear": ("dinoreg.evaluation.protocols.linear:evaluate", "linear grid"),
-        "attention": ("dinoreg.evaluation.protocols.linear:attention", "attention probe"),
-        "knn": ("dinoreg.evaluation.protocols.classification:knn", "weighted k-NN"),
-        "logistic": ("dinoreg.evaluation.protocols.classification:logistic", "logistic regression"),
-        "multilabel": ("dinoreg.evaluation.protocols.multilabel:evaluate", "multi-label logistic regression"),
-        "segmentation": ("dinoreg.evaluation.protocols.segmentation:evaluate", "linear segmentation"),
-        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation:evaluate", "k-NN segmentation"),
-        "depth": ("dinoreg.evaluation.protocols.depth:evaluate", "linear depth"),
-        "discovery": ("dinoreg.evaluation.protocols.discovery:evaluate", "object discovery (LOST)"),
-        "detection": ("dinoreg.evaluation.protocols.detection:evaluate", "linear patch detection"),
-        "retrieval": ("dinoreg.evaluation.protocols.retrieval:evaluate", "instance retrieval"),
-        "flow": ("dinoreg.evaluation.protocols.flow:evaluate", "optical flow"),
-        "few_shot": ("dinoreg.evaluation.protocols.few_shot:evaluate", "few-shot and label efficiency"),
-    }
-)
+PROTOCOLS: Mapping[str, tuple[str, str]] = {
+    "linear": ("dinoreg.evaluation.protocols.linear:evaluate", "linear grid"),
+    "attention": ("dinoreg.evaluation.protocols.linear:attention", "attention probe"),
+    "knn": ("dinoreg.evaluation.protocols.classification:knn", "weighted k-NN"),
+    "logistic": ("dinoreg.evaluation.protocols.classification:logistic", "logistic regression"),
+    "multilabel": ("dinoreg.evaluation.protocols.multilabel:evaluate", "multi-label logistic regression"),
+    "segmentation": ("dinoreg.evaluation.protocols.segmentation:evaluate", "linear segmentation"),
+    "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation:evaluate", "k-NN segmentation"),
+    "depth": ("dinoreg.evaluation.protocols.depth:evaluate", "linear depth"),
+    "discovery": ("dinoreg.evaluation.protocols.discovery:evaluate", "object discovery (LOST)"),
+    "detection": ("dinoreg.evaluation.protocols.detection:evaluate", "linear patch detection"),
+    "retrieval": ("dinoreg.evaluation.protocols.retrieval:evaluate", "instance retrieval"),
+    "flow": ("dinoreg.evaluation.protocols.flow:evaluate", "optical flow"),
+    "few_shot": ("dinoreg.evaluation.protocols.few_shot:evaluate", "few-shot and label efficiency"),
+}
 
 
 Options = Mapping[str, Any]  # of a dataset: every one that it declares, with its value
@@ -171,6 +171,11 @@ class Benchmark:
         """A line for each option: how it is set, its default and what it does."""
         rows = describe_fields(self.options, f"{self.name}.")
         return [f"{key}: {meaning}, default {kind.partition(' = ')[2] or 'empty'}" for key, kind, meaning in rows]
+
+    def script(self) -> None:
+        """What `python eval/NAME.py key=value …` does: the command `dinoreg eval eval/NAME.py key=value …`."""
+        sys.argv[1:1] = ["eval", sys.argv[0]]
+        runpy.run_module("dinoreg", run_name="__main__")
 
 
 def needs(archive: str, *paths: str) -> tuple[Need, ...]:

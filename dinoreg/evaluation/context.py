@@ -1,6 +1,5 @@
 """What a protocol receives besides its data: folders, seed, sizes, and states of unfinished work."""
 
-import io
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinoreg.checkpoint.atomic import write_atomic, write_picture
+from dinoreg.checkpoint.atomic import replacing, write_picture
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.features.images import CentreCrop
@@ -89,8 +88,7 @@ class SavedState:
     def save_when_due(self, make: Callable[[], dict[str, Any]], now: bool = False) -> None:
         """Save what `make` returns if SAVE_SECONDS have passed since the last save, or if `now`."""
         if now or time.monotonic() - self._last > SAVE_SECONDS:
-            buffer = io.BytesIO()
-            torch.save({"key": self._key, "state": make()}, buffer)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._path, buffer.getvalue())
+            with replacing(self._path) as aside:
+                torch.save({"key": self._key, "state": make()}, aside)
             self._last = time.monotonic()

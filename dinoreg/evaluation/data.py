@@ -96,12 +96,9 @@ class Labelled(_ImageLabels):
 
     def __post_init__(self) -> None:
         self._take_labels(np.int64)
-        outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
-        if len(outside):
-            raise UserError(
-                f"{self.source.name(int(outside[0]))}: label {self.labels[outside[0]]} is out of range, "
-                f"expected 0..{self.num_classes - 1}"
-            )
+        for index in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))[:1].tolist():
+            wrong = f"label {self.labels[index]} is out of range, expected 0..{self.num_classes - 1}"
+            raise UserError(f"{self.source.name(index)}: {wrong}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,7 @@ class Boxed(Split):
     HELD = ("boxes", "labels", "difficult", "crowd")
 
     def __post_init__(self) -> None:
-        columns: dict[str, Sequence[np.ndarray]] = {"boxes": self.boxes, "labels": self.labels}
-        columns |= {"difficult flags": self.difficult, "crowd flags": self.crowd}
+        columns: dict[str, Sequence[np.ndarray]] = {name: getattr(self, name) for name in self.HELD}
         for what, values in columns.items():
             if len(values) != len(self):
                 raise UserError(f"{len(self)} images came with {what} of {len(values)}")

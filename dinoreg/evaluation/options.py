@@ -208,12 +208,8 @@ class SharedOptions(Options):
 
     weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
     columns: str = option("", "of own tables, as path:FILE,label:BREED,split:SET; path:RED,path:NIR: a file a channel")
-    range: list[float] | None = option(
-        None, "of own pictures, as data.range; none: what the weights say", **VALUE_RANGE
-    )
-    out: str | None = output(
-        None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False
-    )
+    range: list[float] | None = option(None, "of own pictures, as data.range; none: the weights' own", **VALUE_RANGE)
+    out: str | None = output(None, "of results; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False)
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = side_option("auto", **DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)

@@ -92,8 +92,7 @@ def _plan(benchmark: Benchmark, request: Request) -> Planned:
             limits = _effective(request, task, data, PUBLISHED_SIZE).depth
             warnings += outside_limits(data.extra["samples"], limits.min_depth, limits.max_depth)
         tasks.append((task, data))
-        # Where the official counts depend on the layout, the reader states them.
-        for split, count in data.extra.get("official_counts", task.counts).items():
+        for split, count in task.counts.items():
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
                 warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
@@ -379,10 +378,8 @@ def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
         return []
     if encoder.in_channels == 1:
         return [f"{plan.benchmark.name}: {encoder.name} has one channel and sees its pictures in grey"]
-    raise UserError(
-        f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
-        "expected a model of 3 channels, or of 1, which sees them in grey"
-    )
+    what = f"its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels"
+    raise UserError(f"{plan.benchmark.name}: {what}; expected a model of 3, or of 1, which sees them in grey")
 
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:

@@ -24,15 +24,18 @@ from torch import Tensor
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
-from dinoreg.export.source import Source, compare, prepare_code, resized, write_pictures
+from dinoreg.export.source import Source, prepare_code, resized, write_pictures
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
 from dinoreg.weights.resolve import Weights
 
 OUTPUTS = ("cls", "registers", "patches")
 ROUNDING_FACTOR = 3.0
+MIN_COSINE = 0.9999  # of class tokens from image files
+MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
 SEED = 0
 ONE_SIZE = "takes one image size; batches of 1 and 3"
 OVERFLOW = "the source itself overflows in this dtype, which is not for this model"
@@ -54,7 +57,7 @@ class Trial:
 
 
 def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[str, Any]:
-    """Compare the artefact in `folder` with `source`; returns the certificate, fit for JSON.
+    """Compare the artefact in `folder` with `source`; returns the certificate, but for the list of files, fit for JSON.
 
     scratch  an empty folder for inputs, outputs and artefacts of other sizes
     raises   RunError if the peer cannot load or run it, or if a difference is above its bound
@@ -76,7 +79,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
                 far = f"{relative:.1e} of its scale, bound {check['bound']:.1e}" if relative else "no finite number"
                 what = f"{check['output']} at {where} in {check['dtype']} by {far}"
                 raise RunError(f"format={form.name}: {form.peer} differs from the source: {what}; nothing written")
-    pictures = _check_pictures(form, source, paths, of_files)
+    pictures = _compare_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
     bounded = [(check["dtype"], check["relative_difference"]) for check in checks if check["bounded"]]
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
@@ -86,7 +89,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
     return {
         "format": "dinoreg-certificate",
         "version": 1,
-        "artefact": {"format": form.name, "files": listing(folder)},
+        "artefact": {"format": form.name},
         "source": weights | source.origin,
         "peer": facts,
         "bounds": {
@@ -143,17 +146,36 @@ def check_read_back(form: Format, source: Source, folder: Path) -> None:
         raise RunError(f"format={form.name}: the artefact is not read back as it was written; nothing written")
 
 
-def _check_pictures(form: Format, source: Source, paths: dict[str, Path], answers: dict[str, Tensor]) -> dict[str, Any]:
-    """The comparison from image files; RunError for the first picture that is not seen alike."""
-    model = source.model
-    bounded = source.preprocessing.size == model.image_size or _resampling(form, model) == _resampling(None, model)
-    found = compare(source, paths, answers, bounded)
-    for check in found["checks"]:
-        if not check["passed"]:
-            else_ = f"makes something else of the file {check['picture']!r} than dinoreg"
-            apart = f"{check['levels']} of 255 levels apart, cosine {check['cosine']}"
-            raise RunError(f"format={form.name}: its own processor {else_}: {apart}; nothing written")
-    return found
+def _compare_pictures(
+    form: Format, source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The part of a certificate that is about image files; RunError for the first that is not seen alike.
+
+    answers  {"NAME/pixels": (1, C, H, W), "NAME/cls": (1, D)} of the other side
+
+    The inputs always have to agree; class tokens where the library resamples positions as the source does, if at all.
+    """
+    model, stated, checks = source.model, source.preprocessing, []
+    bounded = stated.size == model.image_size or _resampling(form, model) == _resampling(None, model)
+    std = per_channel(stated.std, "cpu")
+    for name, path in paths.items():
+        pixels, theirs = stated(path)[None], answers[f"{name}/pixels"]
+        levels = cosine = math.nan
+        if theirs.shape == pixels.shape:
+            levels = float(((theirs - pixels) * std).abs().mean() * 255)
+            with torch.inference_mode():
+                ours = model(pixels).cls
+            cosine = float(torch.cosine_similarity(ours.double(), answers[f"{name}/cls"].double()))
+        if not (levels <= MAX_LEVELS and (cosine >= MIN_COSINE or not bounded)):  # NaN is neither
+            apart = f"{levels} of 255 levels apart, cosine {cosine}"
+            else_ = f"its own processor makes something else of the file {name!r} than dinoreg: {apart}"
+            raise RunError(f"format={form.name}: {else_}; nothing written")
+        checks.append({"picture": name, "cosine": cosine, "levels": levels, "passed": True})
+    return {
+        "compared": "class tokens, and inputs as mean absolute difference in levels of 255",
+        "bounds": {"cosine": MIN_COSINE if bounded else None, "levels": MAX_LEVELS},
+        "checks": checks,
+    }
 
 
 # --------------------------------------------------------------------------------------------------- the trials
@@ -246,11 +268,8 @@ def _ask(
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
         raise RunError(f"{about} could not load or run the artefact ({reason}); nothing written")
-    try:
-        facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
-        return load_file(place / "answers.safetensors"), facts
-    except Exception as error:  # exit code 0, but outputs that are missing or damaged
-        raise RunError(f"{about} left no answer ({type(error).__name__}); nothing written") from None
+    facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
+    return load_file(place / "answers.safetensors"), facts
 
 
 # ------------------------------------------------------------------------------------------------ the comparison

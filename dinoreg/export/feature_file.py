@@ -162,27 +162,22 @@ class RowFile:
     def _to_safetensors(self, names: Iterator[str], texts: Mapping[str, str]) -> Path:
         """Names behind the rows, the header in front of them: nothing that is large is moved."""
         path = self.folder / _ROWS
-        features = self.row_bytes * self.count
-        lengths = np.zeros(self.count, "<i8")
+        paths = [*map(os.fsencode, names)]
+        ends = np.cumsum([*map(len, paths)], dtype="<i8")
+        header: dict[str, Any] = {"__metadata__": texts}
+        begin = 0
+        for part, dtype, shape, size in (
+            ("features", f"F{8 * self.dtype.itemsize}", [self.count, *self.shape], self.row_bytes * self.count),
+            ("path_ends", "I64", ends.shape, ends.nbytes),
+            ("paths", "U8", [int(ends[-1])], int(ends[-1])),
+        ):
+            header[part] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+            begin += size
         with open(path, "r+b") as file:
-            file.seek(_ROOM + features + lengths.nbytes)
-            for number, name in enumerate(map(os.fsencode, names)):
-                lengths[number] = file.write(name)
-            file.truncate()
-            file.seek(_ROOM + features)
-            file.write(lengths.cumsum().tobytes())
-            length = int(lengths.sum())
-            header: dict[str, Any] = {"__metadata__": texts}
-            begin = 0
-            for part, dtype, shape, size in (
-                ("features", f"F{8 * self.dtype.itemsize}", [self.count, *self.shape], features),
-                ("path_ends", "I64", [self.count], lengths.nbytes),
-                ("paths", "U8", [length], length),
-            ):
-                header[part] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
-                begin += size
-            file.seek(0)
             file.write(struct.pack("<Q", _ROOM - 8) + json.dumps(header).encode().ljust(_ROOM - 8))
+            file.seek(_ROOM + self.row_bytes * self.count)
+            file.writelines([ends.tobytes(), *paths])
+            file.truncate()
         return path
 
     def _to_parquet(self, names: Iterator[str], texts: Mapping[str, str]) -> Path:

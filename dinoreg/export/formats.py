@@ -108,7 +108,7 @@ def write_timm(folder: Path, source: Source) -> None:
     }
     config = {"architecture": name, "num_classes": 0, "num_features": model.dim, "global_pool": "token"}
     _write_json(folder / "config.json", config | {"model_args": arguments, "pretrained_cfg": pretrained})
-    _write_pixels(folder, source)
+    _write_model_json(folder, source, format=PIXELS_FORMAT, version=1)
 
 
 def _timm_ratio(dim: int, hidden: int) -> float:
@@ -163,7 +163,7 @@ def write_transformers(folder: Path, source: Source) -> None:
     }
     done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     _write_json(folder / PROCESSOR, processor | dict.fromkeys(done, True))
-    _write_pixels(folder, source)
+    _write_model_json(folder, source, format=PIXELS_FORMAT, version=1)
     _save(state, folder / "model.safetensors")
 
 
@@ -210,21 +210,14 @@ def write_described(folder: Path, source: Source, name: str = "model.safetensors
     """
     path = folder / name
     _save(to_meta(source.model.state_dict()), path)
-    description = {
-        "format": TEACHER_FORMAT,
-        "version": 1,
-        "architecture": source.model.architecture(),
-        "preprocessing": source.preprocessing.as_json(),
-        **source.origin,
-        "sha256": digest(path),
-    }
-    _write_json(path.with_suffix(".json"), description)
+    about = {"architecture": source.model.architecture(), "sha256": digest(path)}
+    _write_model_json(folder, source, format=TEACHER_FORMAT, version=1, **about)
 
 
 def write_onnx_files(folder: Path, source: Source) -> None:
     """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with the inputs, outputs and preprocessing."""
     facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
-    _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing.as_json()})
+    _write_model_json(folder, source, **facts)
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -259,10 +252,9 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
             share(aside)
 
 
-def _write_pixels(folder: Path, source: Source) -> None:
-    """`model.json` beside a library's own files, which cannot say all that is done with pictures."""
-    about = {"format": PIXELS_FORMAT, "version": 1, "preprocessing": source.preprocessing.as_json()}
-    _write_json(folder / "model.json", about | source.origin)
+def _write_model_json(folder: Path, source: Source, **about: Any) -> None:
+    """`model.json`: what is done with pictures, all of which no library's own files can say, and where it is from."""
+    _write_json(folder / "model.json", about | {"preprocessing": source.preprocessing.as_json()} | source.origin)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,10 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
     if not graph.fixed:
         rows, columns = (torch.export.Dim(name, min=1, max=MAX_GRID) for name in ("rows", "columns"))
         dims |= {2: patch * rows, 3: patch * columns}
-    with _quiet():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The exporter warns of its own deprecations and prints its progress.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
             (images,),
@@ -110,26 +112,8 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    if not graph.fixed:  # the exporter put a formula in place of the number of patches
-        output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
-        batch, _, dim = output.shape
-        output.shape = type(output.shape)([batch, "patches", dim])
     size = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     program.save(str(path), external_data=size > _MAX_INLINE)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Context without the exporter's progress on stdout and in the log, and its warnings of its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------------------------

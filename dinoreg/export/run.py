@@ -5,13 +5,12 @@ from the run folder and the certificate; what is not known is said to be unknown
 text from them is shown on one line, with nothing in it that Markdown would act on.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dinoreg.checkpoint.atomic import sync
 from dinoreg.checkpoint.run_folder import Run, line_at
 from dinoreg.checkpoint.steps import probe_in_words, role_of
 from dinoreg.config.option import nearest
+from dinoreg.config.overwrite import check_folder
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW, certify, listing
 from dinoreg.export.formats import FORMATS, MOVING, Format
 from dinoreg.export.onnx_graph import OPSET, drop_float16
@@ -49,19 +49,25 @@ def export(
     if format not in MOVING and (with_registers or source.model.register_neurons):
         raise UserError(f"format={format}: its models cannot have test-time registers; {', '.join(MOVING)} can")
     source = with_registers(source) if with_registers else source
-    with reworded(f"out={out}: could not be written", OSError, into=RunError), _aside(target) as stage:
-        artefact, scratch = stage / "artefact", stage / "scratch"
+    existing = next(path for path in target.parents if path.is_dir())
+    options: Any = {"prefix": f".{target.name}.unfinished-", "dir": existing, "ignore_cleanup_errors": True}
+    with (
+        reworded(f"out={out}: could not be written", OSError, into=RunError),
+        tempfile.TemporaryDirectory(**options) as stage,
+    ):
+        artefact, scratch = Path(stage, "artefact"), Path(stage, "scratch")
         artefact.mkdir()
         scratch.mkdir()
         form.write(artefact, source)
         certificate = certify(form, source, artefact, scratch)
         if format == "onnx" and any(check["note"] == OVERFLOW for check in certificate["checks"]):
             drop_float16(artefact)
-            certificate["artefact"]["files"] = listing(artefact)
+        certificate["artefact"]["files"] = listing(artefact)
         write_card(artefact, form, source, certificate)
         (artefact / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         for path in (*artefact.iterdir(), artefact):
             sync(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(artefact, target)
         sync(target.parent)
     return target
@@ -82,30 +88,14 @@ def _format(name: str) -> Format:
 
 
 def _target(out: str | Path) -> Path:
-    path = Path(out)
     # Not readable, a name too long, or with a NUL in it.
     with reworded(f"out={str(out)[:80]}: not a folder that can be written", OSError, ValueError):
-        if path.is_dir() and any(path.iterdir()):
+        target = Path(os.path.abspath(out))
+        for path in (*reversed(target.parents), target):
+            check_folder(path, f"out={out}: {path}")
+        if target.is_dir() and any(target.iterdir()):
             raise UserError(f"out={out}: the folder is not empty; an export writes into a new or empty one")
-        if (path.exists() or path.is_symlink()) and not path.is_dir():
-            raise UserError(f"out={out}: there is a file of this name; expected a new or empty folder")
-    return Path(os.path.abspath(path))  # the last component must be a name, not "."
-
-
-@contextlib.contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, removed in the end together with the parents that were made for it, if these stay
-    empty."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    stage = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        for parent in made:  # from the inside out
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+    return target
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.data.preprocess import Preprocessing
-from dinoreg.models.vit import RegisterViT, as_pair
+from dinoreg.models.vit import RegisterViT, as_pair, patch_grid
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import multiples
 from dinoreg.runtime.templates import render
-from dinoreg.weights.load import load, load_reported, resample_pos_embed, select_channels
+from dinoreg.weights.load import load, load_reported, rebuilt, resample_pos_embed, select_channels
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import find_weights
 
@@ -87,24 +85,15 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
 
     size  height and width in pixels, multiples of the patch size
     """
-    if size == model.image_size:
-        return model
-    with torch.device("meta"):
-        other = RegisterViT(**(model.architecture() | {"image_size": list(size)}))
-    state = model.state_dict()
+    moved: dict[str, Tensor] = {}
     if model.pos_embed is not None:
-        resampling = model.antialias, model.position_offset
-        state["pos_embed"] = resample_pos_embed(model.pos_embed, model.grid, other.grid, *resampling)
-    other.load_state_dict(state, assign=True)
-    return other.eval().requires_grad_(False)
+        grids = model.grid, patch_grid(size, model.patch_size)
+        moved["pos_embed"] = resample_pos_embed(model.pos_embed, *grids, model.antialias, model.position_offset)
+    return rebuilt(model, {"image_size": size}, moved)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Image files
-
-
-MIN_COSINE = 0.9999  # of class tokens
-MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
 
 
 def _needs_tiff(stated: Preprocessing) -> bool:
@@ -135,33 +124,6 @@ def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
         "small": (height // 2 + 1, width // 2 + 2),
     }
     return _write_tiffs(folder, shapes, source) if _needs_tiff(source.preprocessing) else _write_bytes(folder, shapes)
-
-
-def compare(source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor], bounded: bool) -> dict[str, Any]:
-    """The part of a certificate that is about files, fit for JSON.
-
-    answers  {"NAME/pixels": (1, C, H, W), "NAME/cls": (1, D)} of the other side
-    bounded  whether class tokens have to agree; the inputs always have to
-    """
-    checks = []
-    std = per_channel(source.preprocessing.std, "cpu")
-    for name, path in paths.items():
-        pixels = source.preprocessing(path)
-        theirs = answers[f"{name}/pixels"]
-        levels, cosine = float("nan"), float("nan")
-        if theirs.shape == pixels[None].shape:
-            levels = float(((theirs[0] - pixels) * std).abs().mean() * 255)
-            with torch.inference_mode():
-                ours = source.model(pixels[None]).cls
-            cosine = float(torch.cosine_similarity(ours.double(), answers[f"{name}/cls"].double()))
-        passed = levels <= MAX_LEVELS and (cosine >= MIN_COSINE or not bounded)  # False for NaN
-        numbers = {"cosine": cosine, "levels": levels}
-        checks.append({"picture": name, **{k: v if v == v else None for k, v in numbers.items()}, "passed": passed})
-    return {
-        "compared": "class tokens, and inputs as mean absolute difference in levels of 255",
-        "bounds": {"cosine": MIN_COSINE if bounded else None, "levels": MAX_LEVELS},
-        "checks": checks,
-    }
 
 
 def _waves(shape: tuple[int, int], channels: int) -> np.ndarray:

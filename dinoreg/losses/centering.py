@@ -17,10 +17,6 @@ from dinoreg.runtime.tiling import chunks, rows_in_place, rows_per_chunk
 _MAX_DEPTH = 40.0
 
 
-def _working_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int = 3, ranks: Ranks = ALONE) -> Tensor:
     """Assign rows to prototypes so that each row has mass 1 and each prototype about (number of rows) / K.
@@ -42,7 +38,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     would weigh the processes differently. A prototype whose mass underflows keeps targets of (almost) 0.
     """
     num_rows, num_prototypes = logits.shape
-    dtype = _working_dtype(logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     size = rows_in_place(num_rows, num_prototypes, logits.device)
     targets = torch.empty(num_rows, num_prototypes, dtype=dtype, device=logits.device)
     mass = nothing = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
@@ -78,7 +74,8 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float) -> Tenso
     teacher_temp           > 0
     returns       (n, K)   float32 (float64 for float64 logits), without gradient; every row sums to 1
     """
-    targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    targets = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     shift, size = center.to(targets.dtype) / -teacher_temp, rows_per_chunk(logits.shape[1], logits.device)
     scratch = torch.empty_like(targets[:size])
     for rows in chunks(0, len(logits), size):

@@ -25,7 +25,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         logits, targets, student_temp, weights, mass = inputs
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
         weights = logits.new_ones(len(logits)) if weights is None else weights

@@ -18,7 +18,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     -log(eps * sqrt(D) + eps). With B < 2 there is no neighbour, and the value is 0 with a gradient of 0 (the
     reference, where a lone feature finds itself, gives the value of a duplicate).
     """
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.to(dtype), dim=-1, eps=eps)
         size = x.shape[-2]

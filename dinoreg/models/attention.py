@@ -119,8 +119,11 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     """
     if backends[0] == "varlen" or (backends[0] == "xformers" and len(shapes) > 1):  # for all groups: a device's matter
         return attend_packed(qkv, shapes, backends[0]).flatten(1)
-    groups = zip(unpack(qkv, shapes), backends, strict=True)
-    return pack([attend(*group.unbind(2), backend).flatten(2) for group, backend in groups])
+    mixed = []
+    for group, backend in zip(unpack(qkv, shapes), backends, strict=True):
+        q, k, v = group.unbind(2)
+        mixed.append(attend(q, k, v, backend).flatten(2))
+    return pack(mixed)
 
 
 def pack(groups: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ add the probes, boxes LOST; without them these parts are left out.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from dinoreg.registers.test_time import fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.parallel import show_progress
+from dinoreg.runtime.printable import print_status
 from dinoreg.visualize.norms import histogram, joined, token_norms
 
 SHOWN = 6  # images whose maps are drawn
@@ -67,17 +68,14 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(
-    encoder: NativeEncoder, pictures: Pictures, seed: int = 0, progress: Callable[[str], None] = lambda _line: None
-) -> Measured:
+def measure(encoder: NativeEncoder, pictures: Pictures, seed: int = 0) -> Measured:
     """Norms, outliers, their places, attention; with labels what tokens hold and the controls; with boxes LOST.
 
-    seed      of probes, picked patches and noise
-    progress  called with the name of each part as it begins
-    raises    RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
+    seed    of probes, picked patches and noise
+    raises  RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
-    inspection = _Inspection(encoder, pictures, seed, progress)
+    inspection = _Inspection(encoder, pictures, seed)
     norms, special, cosine = inspection.norms()
     limit, found, outliers, onset = measures.find(norms)
     # Without outliers there is nothing to compare the other patches with.
@@ -113,7 +111,7 @@ def measure(
 
 def patch_norms(encoder: NativeEncoder, pictures: Pictures) -> Tensor:
     """Norms (L, n, N) of the patches after every block, as in `Measured`; RunError where they are no numbers."""
-    return _Inspection(encoder, pictures, 0, lambda _line: None).norms()[0]
+    return _Inspection(encoder, pictures, 0).norms()[0]
 
 
 @torch.no_grad()
@@ -130,14 +128,9 @@ def fit(encoder: NativeEncoder, pictures: Pictures, norms: Tensor) -> tuple[Nati
     size = batch_size(encoder, encoder.grid(*pictures.images.shape[-2:]))
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
     masks = [outliers[rows] for rows in most.split(size)]
-    fitted = fit_test_time_register(encoder.module, batches, masks, limit.value, last_block)
+    changed, record = fit_test_time_register(encoder.module, batches, masks, limit.value, last_block)
     name = f"{encoder.name} + test-time register"
-    return NativeEncoder(fitted.model, name, encoder.preprocessing, encoder.device), {
-        "neurons": [neuron._asdict() for neuron in fitted.neurons],
-        "before": fitted.before,
-        "trials": [trial._asdict() for trial in fitted.trials],
-        "images": len(most),
-    }
+    return NativeEncoder(changed, name, encoder.preprocessing, encoder.device), record | {"images": len(most)}
 
 
 def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:
@@ -176,12 +169,16 @@ def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int]) -> dict[str,
 class _Inspection:
     """The measurements on one backbone and one set of pictures, a method for each."""
 
-    def __init__(self, encoder: NativeEncoder, pictures: Pictures, seed: int, progress: Callable[[str], None]) -> None:
-        self.encoder, self.pictures, self.seed, self.progress = encoder, pictures, seed, progress
+    def __init__(self, encoder: NativeEncoder, pictures: Pictures, seed: int) -> None:
+        self.encoder, self.pictures, self.seed = encoder, pictures, seed
         self.images = pictures.images
         self.grid = encoder.grid(*self.images.shape[-2:])
         self.size = batch_size(encoder, self.grid)
         self.first = 1 + encoder.num_registers  # of the patches in a sequence
+
+    def begin(self, part: str) -> None:
+        """Say that a part of the measurement begins."""
+        print_status(f"{self.encoder.name}: {part}")
 
     def batches(self, what: str) -> Iterator[Tensor]:
         """Numbers of all images (b,), a batch at a time, with the progress of `what`."""
@@ -190,7 +187,7 @@ class _Inspection:
 
     def norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """Norms of patches (L, n, N) and of class token and registers (L, n, 1 + R), and neighbour cosines (n, N)."""
-        self.progress("norms")
+        self.begin("norms")
         norms, cosines = [], []
         for rows in self.batches("norms"):
             batch = self.encoder.prepare(self.images[rows])
@@ -204,7 +201,7 @@ class _Inspection:
     def attention(self, outliers: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Maps (k, 1 + R, h, w) of the first images, and how the class token shares its attention out in the last
         block."""
-        self.progress("attention")
+        self.begin("attention")
         first, maps, shares, entropy = self.first, [], [], []
         for image, mask in zip(self.images[:16], outliers):  # enough for means
             weights = self.encoder.module.attention(self.encoder.prepare(image[None]))[0].float().mean(dim=0).cpu()
@@ -225,13 +222,13 @@ class _Inspection:
 
         outliers (n, N) bool, which stand out from `first_block` on; None where there are none
         """
-        self.progress("tokens")
+        self.begin("tokens")
         tokens = self.tokens(outliers)
         registers = [features for name, (features, _) in tokens.items() if name.startswith("register")]
         alike = measures.mean_cosine(torch.stack(registers, dim=1)) if len(registers) > 1 else None
         test, probed, labels = None, {}, self.pictures.labels
         if labels is not None:
-            self.progress("probes")
+            self.begin("probes")
             test = balanced_split(labels, TEST_SHARE, self.seed)
             for name, (features, present) in tokens.items():
                 probe = probe_token(features, labels, self.pictures.classes, test, present, self.seed)
@@ -277,7 +274,7 @@ class _Inspection:
         rows    numbers of the images that are tried
         probed  the probes of the untouched backbone
         """
-        self.progress(f"controls: {what}")
+        self.begin(f"controls: {what}")
         parts = rows[:256].split(max(self.size, 2))  # images, at most
         batches = [each for each in parts if len(each) > 1 or what == "outliers"]
         if not batches:
@@ -323,7 +320,7 @@ class _Inspection:
 
     def discovery(self, boxes: Sequence[np.ndarray]) -> dict[str, Any]:
         """LOST's CorLoc with normalised keys of the last block, plain and with the best of ten biases."""
-        self.progress("object discovery")
+        self.begin("object discovery")
         images = self.images[:500]  # at most
         truth, (height, width) = boxes[: len(images)], images.shape[-2:]
         found = np.zeros((len(BIASES), len(images), 4), dtype=np.float32)

@@ -9,8 +9,7 @@ count, and "largest" is by magnitude, because SwiGLU's units have a sign.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 from dinoreg.models.register_neurons import output_layer
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.load import rebuilt
 
 COUNTS = (1, 2, 5, 10, 20, 50, 100)  # numbers of neurons that are tried
 CLEANED = 0.1  # the search ends with the first number of neurons that leaves at most this share of the outliers
@@ -30,34 +30,6 @@ class RegisterNeuron(NamedTuple):
     block: int
     unit: int
     score: float
-
-
-class Trial(NamedTuple):
-    """The effect of moving that many neurons, on tokens after the final norm but for `share`.
-
-    share         of patches still above the limit before the final norm, in [0, 1]
-    patch_cosine  mean cosine of the patches that were no outliers to what they were
-    cls_cosine    mean cosine of the class token to what it was
-    """
-
-    neurons: int
-    share: float
-    patch_cosine: float
-    cls_cosine: float
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A backbone with a test-time register, its neurons, and the search for them.
-
-    before  share in [0, 1] of outliers without the register, on the same images
-    trials  by the number of neurons, ascending
-    """
-
-    model: RegisterViT
-    neurons: tuple[RegisterNeuron, ...]
-    before: float
-    trials: tuple[Trial, ...]
 
 
 @torch.no_grad()
@@ -101,13 +73,7 @@ def with_test_time_register(
     if model.num_registers:
         raise UserError(f"the model has {model.num_registers} registers; a test-time register is for one without any")
     added = {"num_registers": num_registers, "register_neurons": [(each.block, each.unit) for each in neurons]}
-    options = model.architecture() | added | {"attention": model.attention_backend}
-    with torch.device("meta"):
-        changed = RegisterViT(**options)
-    state = model.state_dict() | {"register_tokens": model.cls_token.new_zeros(1, num_registers, model.dim)}
-    changed.load_state_dict(state, assign=True)
-    changed.preprocessing = model.preprocessing
-    return changed.eval().requires_grad_(False)
+    return rebuilt(model, added, {"register_tokens": model.cls_token.new_zeros(1, num_registers, model.dim)})
 
 
 @torch.no_grad()
@@ -118,18 +84,23 @@ def fit_test_time_register(
     limit: float,
     last_block: int,
     counts: Sequence[int] = COUNTS,
-) -> Fitted:
-    """The fewest register neurons that remove at least nine in ten outliers; if none do, those that remove most.
+) -> tuple[RegisterViT, dict[str, Any]]:
+    """The backbone with the fewest register neurons that remove at least nine in ten outliers, else those that remove
+    most; and the search for them, fit for JSON.
 
     batches, outliers, last_block  as for `register_neurons`
     limit                          the norm, before the final one, above which a patch is an outlier
     counts                         numbers of neurons to try
+    returns                        the model, and "neurons", "before", the share in [0, 1] of outliers without the
+                                   register, and "trials", for each number of "neurons" the "share" that is left, and
+                                   mean cosines to what they were, after the final norm: "cls_cosine" of the class
+                                   token, "patch_cosine" of the patches that were no outliers
     raises                         UserError as `register_neurons` and `with_test_time_register`
     """
     ranked = register_neurons(model, batches, outliers, last_block, max(counts))
     plain = [(model.prenorm(images), model(images)) for images in batches]
     before = _share([tokens[:, 1:] for tokens, _ in plain], limit)
-    tried: list[tuple[Trial, RegisterViT]] = []
+    tried: list[tuple[dict[str, Any], RegisterViT]] = []
     for count in sorted({min(count, len(ranked)) for count in counts}):
         changed = with_test_time_register(model, ranked[:count])
         share = _share([changed.prenorm(images)[:, 2:] for images in batches], limit)
@@ -138,11 +109,13 @@ def fit_test_time_register(
             now = changed(images)
             patches.append(F.cosine_similarity(now.patches, tokens.patches, dim=-1)[~mask.to(images.device)])
             classes.append(F.cosine_similarity(now.cls, tokens.cls, dim=-1))
-        tried.append((Trial(count, share, *(float(torch.cat(each).mean()) for each in (patches, classes))), changed))
+        cosines = {"patch_cosine": float(torch.cat(patches).mean()), "cls_cosine": float(torch.cat(classes).mean())}
+        tried.append(({"neurons": count, "share": share, **cosines}, changed))
         if share <= CLEANED * before:
             break
-    best, changed = min(tried, key=lambda each: each[0].share)
-    return Fitted(changed, tuple(ranked[: best.neurons]), before, tuple(trial for trial, _ in tried))
+    best, changed = min(tried, key=lambda each: each[0]["share"])
+    neurons = [neuron._asdict() for neuron in ranked[: best["neurons"]]]
+    return changed, {"neurons": neurons, "before": before, "trials": [trial for trial, _ in tried]}
 
 
 def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tensor]:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,29 +28,23 @@ CS = tuple(10.0**power for power in range(-4, 4))  # inverse L2 strengths to cho
 class Probed(NamedTuple):
     """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit.
 
-    n_train, n_test  images
-    tested           (n,) bool, the images that are tested on
+    tested  (n,) bool, the images that are tested on
     """
 
-    accuracy: float
-    low: float
-    high: float
-    n_train: int
-    n_test: int
+    row: Row
     model: LogisticModel
     tested: Tensor
-    replicates: np.ndarray
 
     def record(self) -> dict[str, Any]:
         """The figures alone."""
-        return {name: getattr(self, name) for name in self._fields[:5]}
+        return {
+            "accuracy": self.row.value,
+            **{key: getattr(self.row, key) for key in ("low", "high", "n_train", "n_test")},
+        }
 
     def against(self, other: "Probed") -> dict[str, Any] | None:
         """The paired difference to another token's probe, as `comparison.compare` gives it; None on other images."""
-        if not torch.equal(self.tested, other.tested):
-            return None
-        rows = (Row("probe", "top-1", *p[:3], n_test=p.n_test, replicates=tuple(p.replicates)) for p in (self, other))
-        return compare(*rows)
+        return compare(self.row, other.row) if torch.equal(self.tested, other.tested) else None
 
 
 def probe_token(
@@ -73,39 +66,34 @@ def probe_token(
     fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
     right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()
     interval = bootstrap_interval(right, seed=seed)
-    figures = float(right.mean()), interval.low, interval.high, int(train.sum()), int(tested.sum())
-    return Probed(*figures, fitted, tested, interval.replicates)
+    counts: dict[str, Any] = {"n_train": int(train.sum()), "n_test": int(tested.sum())}
+    ends = interval.low, interval.high
+    row = Row("probe", "top-1", float(right.mean()), *ends, **counts, replicates=tuple(interval.replicates))
+    return Probed(row, fitted, tested)
 
 
-class Moments(NamedTuple):
-    """Mean and standard deviation of the content of some tokens after every block.
+def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the content of some tokens after every block; in one pass, with float64 sums.
 
-    mean, std  (L, S, D); S slots: one for each register, or a single one for outliers wherever they are
-    """
-
-    mean: Tensor
-    std: Tensor
-
-
-def moments(batches: Iterable[Tensor]) -> Moments:
-    """Moments over the rows of batches (L, k, S, D), k rows of S tokens, at least one; in one pass, float64 sums.
-
-    returns  float32
+    batches  (L, k, S, D), k rows, at least one, of S tokens: each register, or a single outlier wherever it is
+    returns  (L, S, D) float32 each
     """
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         rows = batch.double()
         count, total, squares = count + rows.shape[1], total + rows.sum(dim=1), squares + rows.square().sum(dim=1)
     mean = total / count
-    return Moments(mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float())
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
 
-def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Generator | None = None) -> Tensor:
+def replacement(
+    kind: str, contents: Tensor, known: tuple[Tensor, Tensor], generator: torch.Generator | None = None
+) -> Tensor:
     """What to put in place of the contents (L, k, S, D) of some tokens, of the same shape.
 
     kind    "zero"; "mean" of that slot and block; "noise" with that mean and deviation, one draw for all blocks;
             "shuffle": the contents of another row, half the rows away
-    known   moments of such tokens
+    known   `moments` of such tokens
     """
     if kind == "zero":
         return torch.zeros_like(contents)

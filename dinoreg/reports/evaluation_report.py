@@ -93,8 +93,10 @@ def console_table(records: Sequence[Record]) -> Table:
     table.add_column("measure", overflow="fold")
     for name, width in (("model", 16), ("guessing", 14), *((role, 14) for role in ROLES)):
         table.add_column(name, justify="right", min_width=width)
+    several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
-        table.add_row(f"[bold]{in_markup(record.title)}[/]")
+        name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
+        table.add_row(f"[bold]{in_markup(name)}[/]")
         for line in record_lines(record):
             if line["verdict"]:
                 figure, *more = line["value"].split("\n")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -28,6 +28,7 @@ from dinoreg.runtime.json_files import is_number, number
 from dinoreg.runtime.regular_files import read_regular
 from dinoreg.runtime.templates import PACKAGE, render
 
+WEBP_SIDE = 16_383  # pixels, the longest that WebP knows
 MAX_POINTS = 400  # of one line; more are averaged in groups
 INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light background
 DARK = {INK: "#b6bdc9", GRID: "#2e333d"}  # what they become on a dark one
@@ -37,8 +38,7 @@ SETTINGS: dict[Any, Any] = {"font.family": "sans-serif", "text.parse_math": Fals
 COLOURS = ("#3b7dd8", "#e08214", "#1b9e77", "#c2549d", "#8c6bb1", "#a6761d", "#d6453d", "#6b7684")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One curve: values y (n,) over x (n,)."""
 
     name: str
@@ -46,8 +46,7 @@ class Line:
     y: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Where a curve of other runs lay: between `low` and `high` (n,) in the n parts of x between n + 1 `edges`."""
 
     edges: np.ndarray
@@ -305,8 +304,7 @@ def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
 # Pages
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture as a `data:` address; `width` in pixels, `description` for those who cannot see it, `note` below it."""
 
     source: str
@@ -329,8 +327,7 @@ class WithPage:
         return f'<iframe srcdoc="{shown}" style="width: 100%; height: 40em; border: 0; resize: vertical"></iframe>'
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Values with their 95 % intervals on one axis.
 
     rows       (name, value, low, high, whether it is the model that the page is about)
@@ -376,18 +373,15 @@ def charts(items: Iterable[Chart]) -> list[tuple[Chart, str, str]]:
 
 
 def picture(path: Path, description: str, note: str = "") -> Picture | None:
-    """A picture file, as WebP where that is smaller; None when it cannot be read."""
+    """A picture file, as WebP, or as PNG where it is too long for that; None when it cannot be read."""
+    buffer = io.BytesIO()
     try:
-        original = read_regular(path)
-        with Image.open(io.BytesIO(original)) as image:
-            image.load()
-            buffer = io.BytesIO()
-            image.save(buffer, format="WEBP", quality=88, method=4)
+        with Image.open(io.BytesIO(read_regular(path))) as image:
+            kind = "webp" if max(image.size) <= WEBP_SIDE else "png"
+            image.save(buffer, format=kind, quality=88, method=4)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    smaller = buffer.getvalue()
-    source = _data("image/webp", smaller) if len(smaller) < len(original) else _data("image/png", original)
-    return Picture(source, image.width, description, note)
+    return Picture(_data(f"image/{kind}", buffer.getvalue()), image.width, description, note)
 
 
 def _data(kind: str, content: bytes) -> str:

@@ -1,6 +1,5 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +54,7 @@ def probed(run: Run) -> tuple[Figure | None, Figure | None]:
     return next(reversed(figures.values()), None), figures.get(pointed_step(run.folder, "best"))
 
 
-@dataclass(frozen=True)
-class ListedRun:
+class ListedRun(NamedTuple):
     """A run of a folder.
 
     folder      of the run

@@ -22,7 +22,6 @@ from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import DASH, score
 
 MAX_LISTED = 200  # skipped images shown by name
-PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of the page
 
 
 def write_report(folder: str | Path, problem: str = "") -> Path:
@@ -32,7 +31,6 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
     """
     run = Run(folder)
     total = f" of {run.num_steps:,}" if run.num_steps else ""
-    names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
     rates, waits, steps = (run.series(key)[1] for key in ("images_per_second", "data_time", "step_time"))
     content = html.page(
         "reports/templates/run.html.j2",
@@ -47,7 +45,7 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
         time="" if run.seconds is None else duration(run.seconds),
         probes=[(probe, html.probe_scale("this run", probe)) for probe in run.newest_probes()],
         charts={name: html.charts(each) for name, each in run_charts(run).items()},
-        pictures=[(name, html.picture(run.pictures[name], name)) for name in names if name in run.pictures],
+        pictures=[(name, html.picture(path, name)) for name, path in sorted(run.pictures.items(), reverse=True)],
         problem=problem,
         skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],
         environment=[(key, _text(value)) for key, value in flatten(run.environment).items()],

@@ -40,9 +40,8 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     """A run's verdict by the first that exists of: probe against baselines, probe alone, in-run probe, progress."""
     judged = [judge(probe) for probe in run.newest_probes()]
-    compared = [each for each in judged if each.tone != "plain"]
     if judged:
-        first = min(compared, key=lambda each: [*TONES.values()].index(each.tone)) if compared else judged[0]
+        first = min(judged, key=lambda each: [*TONES.values(), "plain"].index(each.tone))
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
@@ -158,12 +157,10 @@ def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
     return re.sub(r" \S+ \[", "\n[", in_words(found, unit, count)).replace(" with ", " with\n")
 
 
-def balanced(row: Any) -> str:
+def balanced(row: Mapping[str, Any]) -> str:
     """The balanced accuracy, the mean over classes, of a row whose figure is top-1; "" for any other."""
-    details = row.get("details") if isinstance(row, dict) and row.get("metric") == "top-1" else None
-    both = details.get("micro and macro") if isinstance(details, dict) else None
-    value = both.get("mean per class") if isinstance(both, dict) else None
-    return score(number(value)) if is_number(value) else ""
+    value = flatten(row).get("details.micro and macro.mean per class")
+    return score(number(value)) if is_number(value) and row.get("metric") == "top-1" else ""
 
 
 def _figures(probe: Probe) -> str:
@@ -175,7 +172,7 @@ def _figures(probe: Probe) -> str:
     beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
     low, high = (score(each, unit) for each in (probe.low, probe.high))
     rows = details.get("rows")
-    even = balanced(rows[0] if isinstance(rows, list) and rows else details)
+    even = balanced(rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else details)
     more = f"; balanced {even}" if even else ""
     text = f"{_capital(what)}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."

@@ -31,8 +31,19 @@ def read_pointer(folder: Path, name: str) -> str | None:
 
 def pointed_step(run: str | Path, pointer: str) -> int | None:
     """The step that `last` or `best` of a run folder points to; None without one."""
-    target = read_pointer(Path(run) / "checkpoints", pointer)
-    return int(target.removeprefix("step_")) if target else None
+    return step_in(read_pointer(Path(run) / "checkpoints", pointer) or "")
+
+
+def step_in(name: str) -> int | None:
+    """The step in the name of a checkpoint, or in that of its teacher file without the suffix; None for other names."""
+    match = STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def newest_teacher(run: Path) -> Path | None:
+    """The teacher file of the highest step of a run folder; None without one."""
+    found = [path for path in (run / "teacher").glob("step_*.safetensors") if step_in(path.stem) is not None]
+    return max(found, key=lambda path: step_in(path.stem) or 0, default=None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dinoreg.config.option import check
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.packed_attention import Shapes, mark_constants
 
 # A student or teacher by module name, see `state.Networks`.
@@ -38,8 +39,8 @@ def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: in
     """
     if world_size == 1:
         return "single"
-    if options.shard is not None and world_size % options.shard:
-        raise UserError(f"parallel.shard={options.shard}: expected a divisor of the {world_size} processes")
+    divides = options.shard is None or world_size % options.shard == 0
+    check(divides, "parallel.shard", options.shard, f"a divisor of the {world_size} processes")
     if options.strategy != "auto":
         return options.strategy
     # Of larger networks, replicas of the training state on every process waste memory.

@@ -242,9 +242,8 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
 def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
     """A line on how several processes share the run, or []; UserError where they cannot."""
     strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), world_size)
-    koleo_ranks = config.loss.koleo_ranks
-    if koleo_ranks is not None and world_size % koleo_ranks:
-        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {world_size} processes")
+    koleo_ranks, divisor = config.loss.koleo_ranks, f"a divisor of the {world_size} processes"
+    check(koleo_ranks is None or world_size % koleo_ranks == 0, "loss.koleo_ranks", koleo_ranks, divisor)
     return [] if strategy == "single" else [f"{world_size} processes, {strategy}"]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import PROBED
 from dinoreg.config.load import Config
+from dinoreg.config.option import check
 from dinoreg.data.center_crop import center_crops, resized_shape
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.open import is_scenes, open_source, read_labelled
@@ -223,8 +224,7 @@ def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
     """A probe on a folder or table: where it has splits, the bank is of train and the others are of val, or of test."""
     places = config.data.index_dir, config.probe.root
     found = read_labelled(spec, *places, config.probe.columns, "probe.columns", "probe.root")
-    if found.labels.ndim > 1:
-        raise UserError(f"{key}={spec}: has several labels an image, expected one")
+    check(found.labels.ndim == 1, key, spec, "one label an image")
     source = found.source
     source.value_range = ValueRange.of(config.data.range)
     seen = survey(source, config.model.in_channels, what=key).warnings
@@ -343,8 +343,8 @@ def build_dense(config: Config, probe: Probe | None, patch_size: int) -> DensePr
         return torch.from_numpy(rng.random((count, num_patches)).argsort(axis=1)[:, :64].copy())  # at most
 
     if spec is None:
-        if config.probe.metric == "dense_miou":
-            raise UserError("probe.metric=dense_miou: expected images with masks, as probe.dense=FOLDER or scenes")
+        metric, masks = config.probe.metric, "images with masks, as probe.dense=FOLDER or scenes"
+        check(metric != "dense_miou", "probe.metric", metric, masks)
         pictures = replace(probe, images=probe.images[:STRUCTURE_IMAGES], notes=())
         return DenseProbe(pictures, places(len(pictures.images)))
     parts, notes = _scenes(spec) if is_scenes(spec) else _own(config, spec)
@@ -379,8 +379,7 @@ def _own(config: Config, spec: str) -> tuple[list[tuple[Segmented, np.ndarray]],
     Half of the images are held out where there are no splits.
     """
     root = Path(spec).expanduser()
-    if "masks" not in kinds_of_pairs(root):
-        raise UserError(f"probe.dense={spec}: expected a folder of images/ with masks/, or scenes")
+    check("masks" in kinds_of_pairs(root), "probe.dense", spec, "a folder of images/ with masks/, or scenes")
     pairs, _, warnings = find_pairs(root, "masks", share=0.5, seed=0)
     try:
         data = segmented(root, pairs, "", {"values": config.probe.dense_values}, warnings)

@@ -15,11 +15,11 @@ from typing import Any
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import step_in, whole
+from dinoreg.checkpoint.run_folder import whole
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
-from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.json_files import read_json, step_in
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.prepare import Setup
 from dinoreg.train.state import TrainState

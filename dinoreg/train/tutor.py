@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.config.load import Config
+from dinoreg.config.option import check
 from dinoreg.config.view_settings import CropSettings
 from dinoreg.data.loader import Views
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -97,10 +98,9 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
     channels, patch = config.model.crop_channels, encoder.patch_size
-    if encoder.in_channels != channels:
-        raise UserError(f"distill={config.distill}: takes {encoder.in_channels} channels, a crop has {channels}")
+    as_crops = f"a network of {channels} channels, as crops have; it takes {encoder.in_channels}"
+    check(encoder.in_channels == channels, "distill", config.distill, as_crops)
     student_size = config.crops.global_size
     size = config.distill_size or student_size // int(parse_name(config.model.name)["patch_size"]) * patch
-    if size % patch:
-        raise UserError(f"distill_size={size}: expected a multiple of the patch size {patch} of {config.distill}")
+    check(size % patch == 0, "distill_size", size, f"a multiple of the patch size {patch} of {config.distill}")
     return Tutor(encoder, size, student_size, config.augment.mean, config.augment.std)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.visualize.gallery import ModelGallery, colour_map, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
-ALL, MEAN = "all", "mean"  # heads
 TILE = 118  # pixels, the height of a map
 
 
@@ -103,13 +101,10 @@ def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
     values   (h, w) at least 0
     returns  (H, W, 3) uint8
     """
-    height, width = pixels.shape[:2]
     small = Image.fromarray((values / (values.max() or 1.0)).astype(np.float32))
-    shares = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
-    heat = matplotlib.colormaps["magma"](shares)[..., :3] * 255
-    grey = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    weight = 0.7 * shares[..., None]
-    return (0.6 * grey * (1 - weight) + heat * weight).clip(0, 255).round().astype(np.uint8)
+    shares = np.asarray(small.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
+    grey, weight = 0.6 * pixels.mean(axis=2, keepdims=True), 0.7 * shares[..., None]
+    return (grey * (1 - weight) + colour_map(shares, 1.0) * weight).round().astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,17 +115,17 @@ def view_attention(*, layer: str, head: str, **request: Any) -> Path:
     """Draw the attention of CLS and each register over some images; returns the page's path.
 
     layer    index of a block, from 0 or from the end; several as "0,5,11"; or "all"
-    head     "all": the mean and every head; "mean"; or a head's number from 0
+    head     "all": the mean and every head; or "mean"
     request  weights, images and the other arguments of `ModelGallery`
-    raises   UserError, before anything is written, for a layer, head, size, image or model that does not exist or fit
+    raises   UserError, before anything is written, for a layer, size, image or model that does not exist or fit
     """
     gallery = ModelGallery("attention", **request)
     model, names = gallery.model, token_names(gallery.model.num_registers)
-    layers, heads = chosen_layers(layer, model.depth), chosen_heads(head, model.heads)
+    layers = chosen_layers(layer, model.depth)
     shown: list[tuple[str, list[Any]]] = []
     budgets = []
     for number, name in enumerate(gallery.pictures.names):
-        rows = attention_rows(model, gallery.pictures.images[number : number + 1], layers)[:, 0, heads].cpu()
+        rows = attention_rows(model, gallery.pictures.images[number : number + 1], layers)[:, 0].cpu()
         budgets.append([attention_budget(each[None]) for each in rows])
         maps = rows[..., len(names) :].unflatten(-1, gallery.grid).numpy()  # (L, heads, 1+R, h, w)
         stem = f"{number + 1:02d}-{safe_name(Path(name).stem, 40)}"
@@ -168,33 +163,23 @@ def _sheets(maps: np.ndarray, layers: Sequence[int], head: str) -> Iterator[tupl
 
     maps (L, heads, 1+R, h, w). With all heads a sheet for each block, else one whose rows are the blocks.
     """
-    if head == ALL:
-        for layer, each in zip(layers, maps):
-            labels = [MEAN, *(f"head {number}" for number in range(len(each)))]
-            ending = f"-block{layer}" if len(layers) > 1 else ""
-            yield ending, f"block {layer}, each head", np.concatenate([each.mean(0, keepdims=True), each]), labels
+    means = maps.mean(axis=1)
+    if head == "mean":
+        yield "", "mean of the heads", means, [f"block {layer}" for layer in layers]
         return
-    what = "mean of the heads" if head == MEAN else f"head {head}"
-    where = f"block {layers[0]}, " if len(layers) == 1 else ""
-    yield "", f"{where}{what}", maps.mean(axis=1), [f"block {layer}" for layer in layers]
+    labels = ["mean", *(f"head {number}" for number in range(maps.shape[1]))]
+    for layer, mean, each in zip(layers, means, maps):
+        ending = f"-block{layer}" if len(layers) > 1 else ""
+        yield ending, f"block {layer}, each head", np.concatenate([mean[None], each]), labels
 
 
 def chosen_layers(text: str, depth: int) -> list[int]:
     """ "-1", "0,5,11" or "all" as indices from 0, ascending; UserError for a block that does not exist."""
-    if text.strip() == ALL:
+    if text.strip() == "all":
         return list(range(depth))
-    with reworded(f"layer={text}: expected the index of a block, several with commas, or {ALL}", ValueError):
+    with reworded(f"layer={text}: expected the index of a block, several with commas, or all", ValueError):
         numbers = [int(each) for each in text.strip("[]").split(",")]
     for number in numbers:
         if not -depth <= number < depth:
             raise UserError(f"layer={number}: the model has {depth} blocks, 0 to {depth - 1} (or -1 for the last)")
     return sorted({number % depth for number in numbers})
-
-
-def chosen_heads(text: str, count: int) -> list[int]:
-    """ "all", "mean" or a number as indices from 0; UserError for a head that does not exist."""
-    if text.strip() in (ALL, MEAN):
-        return list(range(count))
-    if not text.strip().isdecimal() or int(text) >= count:
-        raise UserError(f"head={text}: expected {ALL}, {MEAN} or a number from 0 to {count - 1}")
-    return [int(text)]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import Config, find_config, load_config
-from dinoreg.data.display import channels_shown
+from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import with_statistics
 from dinoreg.models.registry import parse_name
+from dinoreg.runtime.json_files import newest_teacher, step_in
 from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
 from dinoreg.visualize.subject import config_source, safe_name
 
@@ -102,12 +102,11 @@ def first_batch(config: Config, source: Source, patch_size: int, batch_size: int
 
     patch_size  pixels
     """
-    looks, model = (config.crops, config.augment, config.mask), config.model
-    views = Views(*looks, patch_size, model.crop_channels, bag_of=model.bag_of)
+    model = config.model
+    views = Views(config.crops, config.augment, config.mask, patch_size, model.crop_channels, bag_of=model.bag_of)
     reading = replace(config.data, workers=0, max_bad_fraction=1.0)
     deep = config.data.range is not None
-    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed, deep=deep)
-    with loader:
+    with BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed, deep=deep) as loader:
         return next(loader), loader.bad
 
 
@@ -116,11 +115,10 @@ def default_folder(config: str) -> Path:
     path = find_config(config)
     if path.name == "config.yaml" and Path(config).is_dir():
         run = Path(config)
-        return run / "view" / f"{teacher_step(newest_teacher(run) or run) or 0:07d}"
+        return run / "view" / f"{step_in((newest_teacher(run) or run).stem) or 0:07d}"
     return Path("view") / safe_name(path.stem)
 
 
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
     image = source.image(index, settings.model.in_channels, by_pillow=settings.data.reference_decode)
-    pixels = image.pixels()[None]  # (1, C, H, W)
-    return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
+    return tile(as_rgb(image.pixels().permute(1, 2, 0).numpy()), TILE)

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from hashlib import sha256
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -120,7 +119,7 @@ class Gallery:
     Pictures that the same view of the same images left there before are removed, other files are not touched.
     """
 
-    def __init__(self, view: str, out: Path, about: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(self, view: str, out: Path, about: Mapping[str, Any]) -> None:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder.
 
         about  part of the record that says of what the view is; where the last one here was of something else, it

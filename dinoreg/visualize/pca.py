@@ -160,5 +160,6 @@ def view_pca(*, foreground: bool, layer: str, **request: Any) -> Path:
     record = {"layer": layers[0], "explained": colours.explained.tolist()}
     share = float(inside.float().mean()) if foreground else None
     whole = int((inside.all(dim=1) | ~inside.any(dim=1)).sum()) if foreground else 0
-    values = {"overview": overview, "pictures": parts, "share": share, "whole": whole}
-    return gallery.finish("Patch colours", record, **record, **values)
+    return gallery.finish(
+        "Patch colours", record, **record, overview=overview, pictures=parts, share=share, whole=whole
+    )

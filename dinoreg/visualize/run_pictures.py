@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 from dinoreg.checkpoint.atomic import write_picture
-from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
+from dinoreg.runtime.json_files import newest_teacher
 from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet, first_batch
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.pca import pca_sheet
-from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_folder, view_size
+from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, run_source, view_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def _draw(run: Path) -> None:
         return
     subject = open_subject(str(run))
     model, mean, std = subject.model, subject.own.preprocessing.mean, subject.own.preprocessing.std
-    size = view_size(config.crops.global_size, model.patch_size)
-    images = read_pictures(subject, None, NUM_IMAGES, (size, size)).images
+    images = read_pictures(subject, None, None, picture_size(model)).images
     folder = view_folder(subject)
     folder.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(images, mean, std)

@@ -75,21 +75,16 @@ def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "
     return open_source(spec, columns=columns, root=root)
 
 
-def is_file_list(spec: str | Sequence[str]) -> bool:
-    """Whether every entry is an image file, so that all of them are shown."""
-    each = [spec] if isinstance(spec, str) else list(spec)
-    return all(os.path.splitext(item)[1].lower() in EXTENSIONS and os.path.isfile(item) for item in each)
-
-
 def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) -> tuple[int, int]:
-    """(height, width) in pixels: `size`, else the model's own, or a whole multiple of it where that is small.
+    """(height, width) in pixels: `size`, else the model's own, or a whole multiple where that has few patches a side.
 
     raises  UserError for a side that the patch size does not divide
     """
     patch = model.patch_size
     if size is None:
         short = min(model.image_size)
-        scaled = view_size(short, patch)
+        factor = max(1, math.ceil(MIN_GRID * patch / short))
+        scaled = min(short * factor, max(short, MAX_SIZE // patch * patch))
         height, width = (scaled * side // short // patch * patch for side in model.image_size)
         return height, width
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -99,29 +94,21 @@ def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) ->
     return height, width
 
 
-def view_size(side: int, patch_size: int) -> int:
-    """The side in pixels to show: `side`, or a whole multiple of it where that has less than MIN_GRID patches."""
-    factor = max(1, math.ceil(MIN_GRID * patch_size / side))
-    return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
-
-
 def read_pictures(subject: Opened, spec: Images, num: int | None, size: tuple[int, int], columns: str = "") -> Pictures:
     """Evenly spaced images of a source, normalised for the model; for a bag of channels each channel is one.
 
     spec, columns  as for `open_images`; None: the data that the run was trained on
-    num            images at most; None: 8, or every file where files are named one by one
+    num            images at most; None: 8, or as many as `spec` names one by one
     size           (height, width) in pixels
-    raises         UserError for num < 1, without any image, and where none can be read
+    raises         UserError without any image, and where none can be read
     """
-    if num is not None and num < 1:
-        raise UserError(f"num={num}: expected at least 1 image")
     if spec is None:
         source = run_source(subject)
     else:
         source = open_images(spec, columns=columns)
         source.value_range = subject.encoder.preprocessing.value_range
-        num = len(source) if num is None and is_file_list(spec) else num
-    found, skipped = crops_of(source, subject.encoder.preprocessing.at(size), num or NUM_IMAGES)
+    named = 1 if spec is None or isinstance(spec, str) else len(spec)
+    found, skipped = crops_of(source, subject.encoder.preprocessing.at(size), num or max(NUM_IMAGES, named))
     if not found:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     images, names = subject.encoder.prepare(to_encoder(list(found.values()))), [*map(source.name, found)]

@@ -104,15 +104,6 @@ def _arithmetic(rope: bool, stated: Stated, path: str | Path) -> dict[str, Any]:
     return found
 
 
-def describe_positions(architecture: Mapping[str, Any]) -> str:
-    """What an encoder does with positions on another grid, such as "resampled bicubic, antialiased, to the size"."""
-    if architecture["rope_base"] is not None:
-        return f"rotary, of base {architecture['rope_base']:g}"
-    offset = architecture["position_offset"]
-    how = f"by a factor with offset {offset:g}" if offset else "to the size"
-    return f"resampled bicubic, {'' if architecture['antialias'] else 'not '}antialiased, {how}"
-
-
 def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
     """Hidden width of an FFN for tokens of width `dim`; for "swiglu" after the gate's two-thirds rule.
 

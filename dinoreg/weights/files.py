@@ -32,7 +32,6 @@ from dinoreg.weights.convert import unique
 INDEX_SUFFIX = ".safetensors.index.json"
 
 MAX_JSON = 16 << 20  # bytes
-MAX_SHARDS = 1000
 
 # What training programs save beside the tensors. Nothing needs these values: each becomes a `_LeftOut`.
 _HARMLESS = (
@@ -113,8 +112,6 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"weights {path}: no weight_map from tensors to files")
     names = sorted(set(where.values()))
-    if len(names) > MAX_SHARDS:
-        raise UserError(f"weights {path}: names {len(names)} files, expected at most {MAX_SHARDS}")
     for name in names:
         shard = path.parent / name
         if Path(name).name != name or not name.endswith(".safetensors"):

@@ -19,7 +19,7 @@ from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
-from dinoreg.weights.architecture import describe_positions, hidden_dim_of
+from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import SOURCES, Weights, find_weights
 
@@ -40,7 +40,6 @@ class LoadReport:
     reshaped  "pos_embed: 16x16 -> 37x37"
     adapted   "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
     grafted   "register_tokens: 4 fresh registers"
-    positions how the model resamples its positions, and whose way that is
     fresh     what is in the encoder, not in the file, and keeps its start values
     """
 
@@ -75,11 +74,7 @@ class LoadReport:
             self.adapted = f"{key}: {before} -> {after} channels ({adapt_channels})"
         grafts = model.num_registers if not theirs["num_registers"] else 0
         self.fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
-        source = SOURCES[weights.source]
-        was, now = describe_positions(theirs), describe_positions(ours)
-        reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
         self.weights, self.model, self.state = weights, model, state
-        self.positions = f"positions are {now}, {reason}"
         self.grafted = f"register_tokens: {grafts} fresh registers" if grafts else ""
         self.loaded = [key for key, value in weights.backbone.items() if state[key] is value]
 
@@ -97,7 +92,7 @@ class LoadReport:
         network = f", {weights.where!r} in it" if weights.where and weights.source != "dinoreg" else ""
         network += f", not {' or '.join(map(repr, weights.others))}" if weights.others else ""
         first = f"{len(self.loaded)} tensors loaded from {weights.path} ({SOURCES[weights.source]}{network})"
-        return "; ".join([first, *changes, self.positions, describe_preprocessing(weights.preprocessing)])
+        return "; ".join([first, *changes, describe_preprocessing(weights.preprocessing)])
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
@@ -182,12 +177,10 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
     if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(model.in_channels)}:
         raise UserError(f"channels={list(chosen)}: expected some of 0 to {model.in_channels - 1}, each once")
     options = {"in_channels": len(chosen)} | ({"channels": "joint"} if len(chosen) == 1 else {})
-    with torch.device("meta"):
-        selected = RegisterViT(**(model.architecture() | options))
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     if model.channels == "joint":
         state[PROJECTION] = state[PROJECTION][:, list(chosen)].clone()
-    selected.load_state_dict(state, assign=True)
+    selected = rebuilt(model, options, state)
     stated = dict(model.preprocessing or {})
     for key, each in _PER_CHANNEL.items():
         values = stated.get(key)
@@ -195,6 +188,20 @@ def select_channels(model: RegisterViT, chosen: Sequence[int]) -> RegisterViT:
             stated[key] = [values[each * channel + part] for channel in chosen for part in range(each)]
     selected.preprocessing = stated or None
     return selected.train(model.training).requires_grad_(any(p.requires_grad for p in model.parameters()))
+
+
+def rebuilt(model: RegisterViT, changes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RegisterViT:
+    """A model of another architecture with the same tensors, in evaluation mode and without gradients.
+
+    changes  arguments of RegisterViT in place of the model's own
+    tensors  in place of the model's own, which are otherwise shared
+    raises   UserError as RegisterViT does
+    """
+    with torch.device("meta"):  # no memory for weights that are about to be replaced
+        other = RegisterViT(**{**model.architecture(), "attention": model.attention_backend, **changes})
+    other.load_state_dict({**model.state_dict(), **tensors}, assign=True)
+    other.preprocessing = model.preprocessing
+    return other.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ making them fit
@@ -213,12 +220,12 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    by_name = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
     hints = {
         "rope_base": "; names of models that end with _rope have rotary positions",
         "register_neurons": "; registers added at test time are not trained: take the weights they were added to",
     }
-    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *by_name, "register_neurons"):
+    keys = ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width")
+    for key in (*keys, "rope_base", "key_bias", "norm_eps", "register_neurons"):
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hints.get(key, '')}")
     if a["num_registers"] not in (0, b["num_registers"]):

@@ -13,7 +13,6 @@ RANDOM = "random:"
 
 # Meta's file of each published DINOv2 backbone, with four registers or none.
 META_FILE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{model}/dinov2_{model}{registers}_pretrain.pth"
-_LIBRARY_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 
 def random_name(source: str | Path) -> str | None:
@@ -39,16 +38,10 @@ def not_there(source: str | Path) -> UserError:
 
 
 def _published(name: str) -> str | None:
-    """The file or hub folder that holds the published weights; None: there are none. UserError for an unknown name."""
+    """Where the published weights are, whoever's name it is; None: there are none. UserError for an unknown name."""
     size, patch, registers, rope, _ = split_name(name)
     if rope and size not in ("t", "g") and (patch, registers) == (16, 4):
         return f"the folder huggingface.co/facebook/dinov3-{stem(size, 16)}-pretrain-lvd1689m"
-    if rope or size not in _LIBRARY_SIZES or patch != 14 or registers not in (0, 4):
+    if rope or size not in ("s", "b", "l", "g") or patch != 14 or registers not in (0, 4):
         return None
-    if "dinov2-" in name:
-        middle = "with-registers-" if registers else ""
-        return f"the folder huggingface.co/facebook/dinov2-{middle}{_LIBRARY_SIZES[size]}"
-    if name.startswith("vit_"):
-        middle = "reg4_" if registers else ""
-        return f"the folder huggingface.co/timm/vit_{_LIBRARY_SIZES[size]}_patch14_{middle}dinov2.lvd142m"
     return META_FILE.format(model=f"vit{size}14", registers="_reg4" if registers else "")

@@ -17,7 +17,7 @@ from torch import Tensor
 from dinoreg.models.registry import BASE
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
-from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
+from dinoreg.runtime.json_files import STEP_NAME, as_sides, newest_teacher, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture, library_of, preprocessing_of, read_config
 from dinoreg.weights.convert import detect, from_dinov3, from_meta, from_timm, from_transformers, is_dinov3
@@ -71,9 +71,7 @@ def find_weights(source: str | Path) -> Path | None:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
-    steps = [p for p in path.glob("teacher/step_*.safetensors") if STEP_NAME.fullmatch(p.stem)]
-    newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
-    return _teacher_of(path, "last") or newest or _only_file(path)
+    return _teacher_of(path, "last") or newest_teacher(path) or _only_file(path)
 
 
 def _pointer(path: Path) -> Path:

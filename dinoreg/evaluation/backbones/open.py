@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dinoreg.checkpoint.run_folder import run_of, teacher_step
+from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.checkpoint.steps import watched_in
 from dinoreg.config.option import nearest
 from dinoreg.data.preprocess import Preprocessing
@@ -21,6 +21,7 @@ from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.json_files import step_in
 from dinoreg.weights.architecture import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.files import find_backbone, read_file
 from dinoreg.weights.load import describe_preprocessing, load, load_reported
@@ -124,7 +125,7 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         return Opened(wrap(model, f"{random}{RANDOM_WEIGHTS}", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
     loaded = load_reported(file, device)
-    step = teacher_step(file)
+    step = step_in(file.stem)
     run = None if step is None else run_of(file)
     name = file.stem
     if run is not None:

@@ -83,10 +83,8 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
     if pixels.format in BLURRED:
         what = f"is a {pixels.format} inside, which mixes the numbers of neighbouring pixels"
         raise UserError(f"{path}: {what}; expected a mask as PNG, TIFF, BMP or GIF")
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        raise UserError(
-            f"{path}: has fractions, such as {values[values != np.rint(values)][0]:g}; expected class numbers"
-        )
+    if len(parts := values[values != np.rint(values)]):
+        raise UserError(f"{path}: has fractions, such as {parts[0]:g}; expected class numbers")
     if values.ndim == 3 and values.shape[2] >= 3:
         red, green, blue = values[..., :3].astype(np.int32).transpose(2, 0, 1)
         in_colour = colours or (red != green).any() or (red != blue).any()
@@ -157,9 +155,8 @@ def _classes(
             wrong = present[(present != IGNORED) & ((present < 0) | (present >= min(count, IGNORED)))]
             if len(wrong):
                 expected = f"0..{min(count, IGNORED) - 1} or {IGNORED}{', as classes.txt says' if names else ''}"
-                raise UserError(
-                    f"{path}: has the value {wrong[0]}, expected {expected}; {_suggestion(total, len(names))}"
-                )
+                what = f"has the value {wrong[0]}, expected {expected}"
+                raise UserError(f"{path}: {what}; {_suggestion(total, len(names))}")
         classes = list(range(count))
     absent = [place for place, value in enumerate(classes) if not total[value]]
     if absent:
@@ -167,7 +164,7 @@ def _classes(
         raise UserError(f"{root}: no mask has a pixel of {which}; {_suggestion(total, len(names))}")
     if len(classes) < 2:
         raise UserError(
-            f"{root}: masks have {len(classes)} class(es), expected 2 to {IGNORED}; {_suggestion(total, len(names))}"
+            f"{root}: masks have {len(classes)} class(es), expected 2 or more; {_suggestion(total, len(names))}"
         )
     return classes, names
 
@@ -204,20 +201,16 @@ def _doubts(root: Path, names: list[str], classes: list[int], totals: Mapping[st
     for split, total in totals.items():
         if present[split].sum() < 2:
             which = listed(np.array(names)[present[split]]) or "no class"
-            raise UserError(
-                f"{root}: every pixel of {split} that is counted is of {which}, expected two or more classes"
-            )
+            raise UserError(f"{root}: every pixel of {split} that is counted is of {which}, expected 2 or more classes")
         void = {value: count for value, count in total.most_common() if value not in classes}
         share = sum(void.values()) / sum(total.values())
         if share > MOST_VOID or set(void) - {IGNORED}:
             values = _shares(total, [*void.items()][:MOST_LISTED])
-            warnings.append(
-                f"unused truth: {100 * share:.3g}% of the pixels of {split} are not counted: those of {values}"
-            )
+            much = f"{100 * share:.3g}% of the pixels of {split}"
+            warnings.append(f"unused truth: {much} are not counted: those of {values}")
         if len(unseen := np.array(names)[present[split] & ~present["train"]]):
-            warnings.append(
-                f"unlearnt classes: {split} has some that are not in train, and cannot be right: {listed(unseen)}"
-            )
+            which = f"some that are not in train, and cannot be right: {listed(unseen)}"
+            warnings.append(f"unlearnt classes: {split} has {which}")
     if len(untested := np.array(names)[present["train"] & ~present["test"]]):
         warnings.append(f"untested classes: nothing is said about those without a pixel in test: {listed(untested)}")
     return warnings
@@ -321,10 +314,8 @@ def _range(root: Path, found: Mapping[str, Sequence[Known]], unit: float | None)
     if low == high:
         raise UserError(f"{root}: every known pixel of train has the depth {low:g}, so that there is nothing to learn")
     if unit is None and any(one.whole for maps in found.values() for one in maps):
-        readings = {"mm": 0.001, "1/256": 1 / 256}
-        words = [f"{name} ({low * value:.3g} to {high * value:.3g} m)" for name, value in readings.items()]
         what = f"depth files hold whole numbers from {low:g} to {high:g}, whose unit they do not say"
-        hint = f"own.depth_unit={words[0]}, {words[1]}, as KITTI has it, or another part of a metre"
+        hint = "own.depth_unit=mm, or 1/256, as KITTI has it, or another part of a metre"
         raise UserError(f"{root}: {what}; expected {hint}; {NOT_DEPTH}")
     return low, high
 

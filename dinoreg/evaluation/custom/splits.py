@@ -95,12 +95,11 @@ def alone(count: int) -> Copies:
 def copies_across(parts: Mapping[str, np.ndarray], copies: Copies) -> list[str]:
     """A warning for each split that holds copies of training images."""
     learnt = copies.groups[parts["train"]]
-    counts = {name: int(np.isin(copies.groups[rows], learnt).sum()) for name, rows in parts.items() if name != "train"}
-    return [
-        f"{count:,} of {len(parts[name]):,} images of {name} are copies of training images"
-        for name, count in counts.items()
-        if count
-    ]
+    warnings = []
+    for name, rows in parts.items():
+        if name != "train" and (count := int(np.isin(copies.groups[rows], learnt).sum())):
+            warnings.append(f"{count:,} of {len(rows):,} images of {name} are copies of training images")
+    return warnings
 
 
 def parts(

@@ -61,7 +61,7 @@ def cifar_reader(
     """
 
     def read(folder: Path, options: Options) -> Data:
-        (names,) = _values(folder / meta, (names_key,), dataset, archive)
+        names = read_dictionary(folder / meta, dataset, archive).get(names_key)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"{dataset}: {folder / meta}: {names_key} is not a list of names")
         parts = {
@@ -76,22 +76,14 @@ def cifar_reader(
 def _batches(paths: Sequence[Path], labels_key: str, num_classes: int, dataset: str, archive: str) -> Labelled:
     parts, labels = [], []
     for path in paths:
-        data, numbers = _values(path, ("data", labels_key), dataset, archive)
-        array = isinstance(data, np.ndarray)
-        if not array or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
-            form = f"{data.shape} of {data.dtype}" if array else type(data).__name__
-            raise UserError(f"{dataset}: {path}: data is {form}, expected (n, {3 * SIDE * SIDE}) bytes")
-        whole = isinstance(numbers, list) and all(type(label) is int for label in numbers)
-        if not whole or len(numbers) != len(data):
-            raise UserError(f"{dataset}: {path}: {labels_key} is not a list of {len(data)} whole numbers")
+        values = read_dictionary(path, dataset, archive)
+        data: Any = values.get("data")
+        numbers = values.get(labels_key)
+        is_whole = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3 * SIDE * SIDE,)
+        if not is_whole or not isinstance(numbers, list) or [type(each) for each in numbers] != [int] * len(data):
+            form = f"data, (n, {3 * SIDE * SIDE}) bytes, and {labels_key}, a list of n whole numbers"
+            raise UserError(f"{dataset}: {path} is of another form, expected {form}")
         # A row is the red, the green and the blue plane; the view turns them into pixels without a copy.
         parts.append(ArraySource(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), str(path)))
         labels.extend(numbers)
     return Labelled(JoinedSource(parts), np.array(labels), num_classes)
-
-
-def _values(path: Path, keys: Sequence[str], dataset: str, archive: str) -> list[Any]:
-    values = read_dictionary(path, dataset, archive)
-    if lacking := [key for key in keys if key not in values]:
-        raise UserError(f"{dataset}: {path} has no entry {lacking[0]!r}; it has {list(values)[:8]}")
-    return [values[key] for key in keys]

@@ -9,7 +9,6 @@ import pickle
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,16 +63,14 @@ class _Bytes:
         raise ValueError("it changes a function")
 
 
-_STAND_INS: Mapping[tuple[str, str], type] = MappingProxyType(
-    {
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _Bytes,
-        ("__builtin__", "bytes"): _Bytes,
-    }
-)
+_STAND_INS: Mapping[tuple[str, str], type] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _Bytes,
+    ("__builtin__", "bytes"): _Bytes,
+}
 
 
 class _Unpickler(pickle._Unpickler):
