@@ -98,8 +98,6 @@ def _taps(length: int, resized: int, start: int, count: int, interpolation: Inte
     length   samples of the axis, which is resampled to `resized`; the window is `count` of these from `start` on
     """
     scale = length / resized
-    if length == resized:
-        return start, torch.eye(count)
     widen = max(scale, 1.0)  # of the kernel, which reaches over two samples of the coarser of both grids
     centers = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
     first = max(int(centers[0] - 2 * widen), 0)

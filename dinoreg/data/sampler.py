@@ -48,10 +48,8 @@ class Sampler:
             group, turns = self._mix(positions)
         epochs, offsets = np.divmod(turns, self._lengths[group])
         ids = np.empty_like(positions)
-        together = np.lexsort((epochs, group))
-        changes = np.diff(group[together]).astype(bool) | np.diff(epochs[together]).astype(bool)
-        for rows in np.split(together, np.flatnonzero(changes) + 1) if len(together) else ():
-            number, epoch = int(group[rows[0]]), int(epochs[rows[0]])
+        for number, epoch in sorted(set(zip(group.tolist(), epochs.tolist()))):
+            rows = (group == number) & (epochs == epoch)
             with self._lock:
                 order = self._epoch_order(number, epoch)
             ids[rows] = self._starts[number] + order[offsets[rows]]

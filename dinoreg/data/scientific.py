@@ -131,10 +131,9 @@ def white_is_zero(image: Image.Image) -> bool:
 
 
 def _first(value: Any) -> float | None:
-    """A number of DICOM that may be absent, or several."""
-    if value is None or value == "":
-        return None
-    return float(value[0]) if isinstance(value, (list, tuple)) or hasattr(value, "__iter__") else float(value)
+    """The first number of a DICOM element, None where it is absent or empty."""
+    numbers = np.ravel([] if value is None or value == "" else value)
+    return float(numbers[0]) if len(numbers) else None
 
 
 def _number(text: Any) -> float | None:
