@@ -9,7 +9,7 @@ from dinoreg.config.load import Config
 from dinoreg.config.option import build, flat
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
-from dinoreg.plan.recorder import STATE
+from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
 from dinoreg.plan.traffic import step_of
 
 # In order of preference: the first ones change where tensors are stored, the others the training itself.
@@ -79,7 +79,7 @@ def _remedy(job: Job, overrides: dict[str, Any]) -> Remedy:
 
 
 def _rules_out(job: Job, other: Job) -> bool:
-    """Whether `other` cannot fit because `job` does not, by a lower bound on the largest parts of its memory.
+    """Whether `other` cannot fit because `job` does not, by lower bounds on every part of its memory.
 
     Memory of images shrinks at most with their number, less one that drop path may round off.
     """
@@ -87,12 +87,21 @@ def _rules_out(job: Job, other: Job) -> bool:
     if after.optim.accumulate == 1 < before.optim.accumulate:  # which has moments of its own
         return False
     images = max(0, other.micro_batch_size - (after.model.drop_path > 0)) / job.micro_batch_size
-    left = dict.fromkeys((*STATE, "gradients"), job.shard_size / other.shard_size)
-    left |= dict.fromkeys(("activations of the heads", "logits and targets"), min(1.0, images))
-    if after.model.checkpointing == before.model.checkpointing:
-        left["activations of the backbone"] = min(1.0, images)
+    left = dict.fromkeys(PARTS, min(1.0, images))
+    left["crops"] = min(1.0, after.batch_size / before.batch_size)
+    pairs = other.koleo_ranks * after.batch_size / (job.koleo_ranks * before.batch_size)
+    left["similarities for KoLeo"] = min(1.0, pairs**2)
+    left |= dict.fromkeys((*STATE, "gradients"), job.shard_size / other.shard_size)
+    left |= dict.fromkeys(("weights in low precision", "gathered weights"), 1.0)
+    if other.strategy != job.strategy:
+        left["weights in low precision"] = left[WORKING] = 0.0
+    if other.strategy == "fsdp" and after.parallel.reshard > before.parallel.reshard:
+        left["gathered weights"] = left[WORKING] = 0.0
+    if after.model.checkpointing > before.model.checkpointing:
+        left["activations of the backbone"] = left["weights in low precision"] = left[WORKING] = 0.0
+    targets = {**left, "logits and targets": left["crops"]}  # computed for the full batch, however it is divided
     peaks = {
-        moment: {part: int(left[part] * size) for part, size in held.items() if part in left}
+        moment: {part: int((targets if moment == TEACHER else left)[part] * size) for part, size in held.items()}
         for moment, held in memory_of(job).moments.items()
     }
     return not memory_from(other, peaks).fits
