@@ -125,21 +125,23 @@ def test_words_flags_and_paths_find_their_places(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("given", "better"),
     [
-        ("pretrian small data=photos out=x", "did you mean pretrain?"),
-        ("pretrain small learning_rate=1e-3 data=photos", "did you mean optim.lr?"),
-        ("pretrain smal data='my photos'", "did you mean small?"),
-        ("pretrain small loss.centering=sinkhron", "did you mean sinkhorn?"),
-        ("embed images=photos weights=x out=x", "did you mean data?"),
-        ("eval pest,cars weights=random:vitt14_reg4", "did you mean pets?"),
-        ("view pac weights=x", "did you mean pca?"),
-        ("pretrain photos steps=5", "images are named by data=photos"),
+        ("pretrian small data=photos out=x", "pretrain small data=photos out=x"),
+        ("pretrain small learning_rate=1e-3 data=photos", "pretrain small optim.lr=1e-3 data=photos"),
+        ("pretrain smal data='my photos'", "pretrain small 'data=my photos'"),
+        ("pretrain small loss.centering=sinkhron", "pretrain small loss.centering=sinkhorn"),
+        ("embed images=photos weights=x out=x", "embed data=photos weights=x out=x"),
+        ("eval pest,cars weights=random:vitt14_reg4", "eval pets,cars weights=random:vitt14_reg4"),
+        ("view pac weights=x", "view pca weights=x"),
+        ("pretrain photos steps=5", "pretrain small data=photos out=runs/photos steps=5"),
     ],
 )
-def test_a_refusal_says_what_is_meant(given: str, meant: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_ends_with_the_corrected_command(
+    given: str, better: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(shlex.split(given)) == 2
-    assert meant in capsys.readouterr().err
+    assert capsys.readouterr().err.rstrip().endswith(f"Write: dinoreg {better}")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

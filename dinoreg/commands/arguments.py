@@ -5,6 +5,7 @@ Nothing here imports torch, which takes seconds: help and messages about wrong a
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from dinoreg.config.load import Config
 from dinoreg.config.option import Declaration, Options, declarations, flat, read, split_texts
 from dinoreg.config.overwrite import check_out
 from dinoreg.models.registry import parse_name
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.weights.names import not_there, random_name
 
 T = TypeVar("T")
@@ -105,6 +106,22 @@ def _with_paths(verb: Verb, words: list[str]) -> list[str]:
     if not verb.path or not paths or own == ["crops"] or (own and not all(Path(path).exists() for path in paths)):
         return words
     return [*own, f"{verb.path}={','.join(paths)}"]
+
+
+def corrected(error: BaseException, arguments: Sequence[str]) -> str:
+    """The text of an error; where it asks "did you mean …?", with the whole command in which that stands instead."""
+    text = one_line(error)
+    meant = re.search(r"did you mean '?([^\s?']+)'?\?", text)
+    if meant is None:
+        return text
+    before, found = text[: meant.start()], []
+    for place, word in enumerate(arguments):
+        for part in filter(None, re.split("[=,]", word)) if place or "unknown verb" in before else ():
+            if stands := re.search(rf"(?<![\w./]){re.escape(part)}(?![\w./])", before):
+                new = word.replace(part, meant[1], 1)
+                found.append((stands.start(), [*arguments[:place], new, *arguments[place + 1 :]]))
+    # A value stands behind its key.
+    return f"{text} Write: {shlex.join(['dinoreg', *max(found)[1]])}" if found else text
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dinoreg import __version__
-from dinoreg.commands.arguments import VERB_NAMES, canonical
+from dinoreg.commands.arguments import VERB_NAMES, canonical, corrected
 from dinoreg.commands.completion import candidates
 from dinoreg.commands.doctor import explain_error
 from dinoreg.commands.help import overview, verb_help
@@ -22,7 +22,7 @@ from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.commands.watch import watch
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
-from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            print_status(f"dinoreg: {one_line(error)}")
+            print_status(f"dinoreg: {corrected(error, arguments)}")
         if isinstance(error, Interrupted):
             return 128 + error.signal_number
         return REFUSED if isinstance(error, UserError) else FAILED
@@ -51,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_status("dinoreg: interrupted")
         return INTERRUPTED
     except Exception as error:
-        if os.environ.get("DINOREG_DEBUG") == "1":
+        debugging = os.environ.get("DINOREG_DEBUG") == "1"
+        if debugging:
             traceback.print_exc()
-        print_status(f"dinoreg: {explain_error(error, ' (DINOREG_DEBUG=1 shows the traceback)')}")
+        hint = "" if debugging else " (DINOREG_DEBUG=1 shows the traceback)"
+        print_status(f"dinoreg: {explain_error(error, hint)}")
         return FAILED
 
 

@@ -28,7 +28,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
-from dinoreg.runtime.guide import Verbatim, next_lines, repeated
+from dinoreg.runtime.guide import Verbatim, next_commands, next_lines, repeated
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.runtime.regular_files import open_to_append
@@ -84,6 +84,10 @@ def _quickstart(options: keys.QuickstartOptions) -> None:
 
 
 def _load_config(arguments: list[str]) -> Config:
+    first = Path(arguments[0]) if arguments else Path()
+    if arguments and first.is_dir() and not (first / "config.yaml").exists():
+        said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
+        raise UserError(f"pretrain: {first} is a folder without config.yaml; Write: {next_commands('folder', said)[0]}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
