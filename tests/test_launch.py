@@ -340,6 +340,11 @@ def test_a_sweep_trains_every_combination_in_a_folder_of_its_name() -> None:
     assert "4 trainings: 2 of optim.lr x 2 of crops.global_scale" in plan.notes
 
 
+def test_trainings_of_one_folder_are_refused() -> None:
+    with pytest.raises(UserError, match="two of the trainings have this folder"):
+        plan_of("sweep", "quickstart", "data=scenes", "out=runs/s", "sweep.crops.global_scale=[[0.3,1],[ 0.3,1]]")
+
+
 def load_config_text(text: str) -> Config:
     Path("loaded.yaml").write_text(text)
     return load_config("loaded.yaml")

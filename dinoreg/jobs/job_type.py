@@ -150,7 +150,10 @@ def trainings(name: str, request: Request, runs: Iterable[Sequence[str]]) -> Pla
     for overrides in runs:
         request.check(("pretrain", request.source, *overrides))
         config = load_config(request.source, overrides)
-        configs[Path(str(config.out))] = config
+        out = Path(str(config.out))
+        if out in configs:
+            raise UserError(f"{out}: two of the trainings have this folder; expected values whose names differ")
+        configs[out] = config
     files = {launch_folder(out) / "config.yaml": to_yaml(config) for out, config in configs.items()}
     commands = tuple(("pretrain", str(path), "resume=true") for path in files)
     clears = tuple(out for out, config in configs.items() if config.overwrite and run_entries(out))
