@@ -216,6 +216,17 @@ def test_the_next_command_has_the_words_of_this_one(here: Path, capsys: pytest.C
         assert capsys.readouterr().err.endswith(said)
 
 
+def test_columns_may_stand_behind_their_table() -> None:
+    for verb, given, parsed in (
+        ("eval", "a.csv:path=f,label=c weights=w", "a.csv weights=w columns=path:f,label:c"),
+        ("embed", "data=a.CSV:path=f", "data=a.CSV columns=path:f"),
+        ("pretrain", "small data=x/a.tsv:path=f", "small data=x/a.tsv data.columns=path:f"),
+        ("pretrain", "small probe.data=a.csv:label=c,path=f", "small probe.data=a.csv probe.columns=label:c,path:f"),
+        ("export", "weights=a.csv:path=f", "weights=a.csv:path=f"),
+    ):
+        assert canonical(VERBS[verb], given.split()) == parsed.split()
+
+
 @pytest.mark.slow
 def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index in range(20):
@@ -233,7 +244,7 @@ def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys
         (line,) = [line.removeprefix("next: dinoreg ") for line in lines if line.startswith("next: ")]
         return shlex.split(line)
 
-    _, *words = after("inspect", str(table), "columns=path:which", "range=0,255")
+    _, *words = after("inspect", f"{table}:path=which", "range=0,255")
     assert words[:3] == ["small", f"data={table}", "out=runs/odd"]
     assert words[3:5] == ["data.columns=path:which", "data.range=0.0,255.0"]
     command = after(
@@ -243,8 +254,7 @@ def test_the_next_command_reads_the_table_as_this_one_did(tmp_path: Path, capsys
         *sizes,
         f"data={table}",
         f"out={run}",
-        f"probe.data={table}",
-        "probe.columns=path:which,label:what",
+        f"probe.data={table}:path=which,label=what",
     )
     assert command == ["verdict", str(table), f"weights={run}", "columns=path:which,label:what"]
     command = after("eval", *command[1:], "protocols=knn", "own.root=" + str(tmp_path))

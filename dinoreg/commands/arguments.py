@@ -20,6 +20,7 @@ from dinoreg.weights.names import not_there, random_name
 
 T = TypeVar("T")
 VERB_NAMES = {"train": "pretrain", "evaluate": "eval", "plot": "view"}
+_MAPPED = re.compile(r"(?:([\w.]+)=)?(.+\.(?:csv|tsv|parquet)):((?:path|label|split)=.+)", re.IGNORECASE)
 _DASHES = re.compile(r"[-\u2013\u2014]+(?=[^\W\d])")  # a text processor makes one of two
 _POINTER = re.compile(r"[/\\](best|last)$")  # of a run, which is no file of it
 _ELSEWHERE = ("WORLD_SIZE", "SLURM_PROCID")  # another process may have begun with the folder already
@@ -71,10 +72,10 @@ class Verb:
 def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
     """The arguments of a verb in the one form that is parsed: words, flags, then key=value.
 
-    Accepted are --key value, --key=value, --some-key, key = value, key= value, a yes-or-no key alone, and a path
-    behind the verb's words, which stands for its `path` key.
+    Accepted are --key value, --key=value, --some-key, key = value, key= value, a yes-or-no key alone, a path behind
+    the verb's words, which stands for its `path` key, and columns behind a table, as TABLE:path=NAME,label=NAME.
     """
-    rest, switches = list(arguments), {key for key, (hint, _) in verb.keys().items() if hint is bool}
+    rest, switches = _with_columns(verb, arguments), {key for key, (hint, _) in verb.keys().items() if hint is bool}
     words: list[str] = []
     pairs: list[str] = []
     while rest:
@@ -98,6 +99,20 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return _with_paths(verb, words) + pairs
+
+
+def _with_columns(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """The arguments, columns that stand behind a table under the key that names them."""
+    apart, keys = list(arguments), verb.keys()
+    for place, argument in enumerate(arguments):
+        if mapped := _MAPPED.fullmatch(argument):
+            key, table, names = mapped.groups()
+            section = (key or verb.path).rpartition(".")[0] or "data"
+            columns = "columns" if "columns" in keys else f"{section}.columns"
+            if columns in keys:
+                apart[place] = f"{key}={table}" if key else table
+                apart.append(f"{columns}=" + re.sub("(^|,)(path|label|split)=", r"\1\2:", names))
+    return apart
 
 
 def _with_paths(verb: Verb, words: list[str]) -> list[str]:
