@@ -105,7 +105,7 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
         if name in ("knn", "centred"):
             middle = train.mean(dim=0) if name == "centred" else 0.0
             train, test = train - middle, test - middle
-            predicted = knn_predict(train, labels, test, (NEIGHBOURS,), num_classes=classes)[NEIGHBOURS].argmax(dim=1)
+            predicted = knn_predict(train, labels, test, classes, (NEIGHBOURS,))[NEIGHBOURS].argmax(dim=1)
         else:
             train, test = (torch.nn.functional.layer_norm(each, each.shape[1:]) for each in (train, test))
             predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2).model.predict(test)

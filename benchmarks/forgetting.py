@@ -104,7 +104,7 @@ def labelled(kind: str, first: int, count: int, size: int) -> Labelled:
 def linear_scores(weights: Path, num_train: int, num_test: int) -> dict[str, list[float]]:
     """Linear probes of a run's last teacher: {"original", "shifted"} -> [top-1, low, high]."""
     config = load_config("quickstart")
-    encoder = wrap(load(weights), weights.stem, config.augment.mean, config.augment.std)
+    encoder = wrap(load(weights), weights.stem)
     scores = {}
     for kind, first in (("original", FIRST_PROBE_SCENE), ("shifted", LINEAR_FIRST)):
         size = config.crops.global_size
