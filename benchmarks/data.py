@@ -152,7 +152,7 @@ def dinoreg_loader(settings: dict[str, Any]) -> Any:
         """Ends where the copy to the device would begin: masks, and crops in the memory it would read from."""
 
         def _deliver(self, job: Any, position: int) -> Any:
-            job.augmented = job.slot.groups
+            job.augmented = job.groups
             return super()._deliver(job, position)
 
     keep_freed_memory()
