@@ -28,9 +28,10 @@ def plan(request: Request) -> Plan:
 
     raises  UserError for what is wrong with the request, and for datasets that are not below root=
     """
-    from dinoreg.checkpoint.run_folder import run_of, teacher_step
+    from dinoreg.checkpoint.run_folder import run_of
     from dinoreg.checkpoint.steps import PROBED
     from dinoreg.evaluation.request import read_request
+    from dinoreg.runtime.json_files import step_in
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
@@ -57,7 +58,7 @@ def plan(request: Request) -> Plan:
         weights_argument = str(home / "teacher" / file.name)
     stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
     out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)
-    step = teacher_step(file) or 0 if file is not None else 0
+    step = step_in(file.stem) or 0 if file is not None else 0
 
     commands = []
     for name, benchmark in chosen.items():

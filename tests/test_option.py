@@ -212,7 +212,7 @@ def test_every_number_has_an_upper_bound_and_the_message_names_its_key(cls: type
     "spec", ["count=100000000000", "size=1000000", "size=8", "seed=-1", "seed=9223372036854775808"]
 )
 def test_sizes_of_scenes_that_no_machine_holds_are_refused(spec: str) -> None:
-    with pytest.raises(UserError, match=f"scenes:{spec}, expected"):
+    with pytest.raises(UserError, match=rf"scenes.{spec}: expected"):
         open_source(f"scenes:{spec}")
 
 

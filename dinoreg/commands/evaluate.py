@@ -98,7 +98,10 @@ def report_results(folder: Path) -> Path:
 
 def paired_with(folder: Path) -> list[dict[str, Any]]:
     """The results in OUT/eval/STEP and its other steps against one another on the same images (`between`)."""
-    paths = sorted(folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path))
+    # By stem: "set" before "set-HASH", the later weights in a folder.
+    paths = sorted(
+        folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
+    )
     results = [result for path in paths if (result := read_result(path)) is not None]
     return between([(str(result.facts.get("weights", {}).get("name")), result) for result in results])
 
